@@ -1,0 +1,111 @@
+"""What a method is. Methods differ in what they return, and in nothing else.
+
+Weights are [out, in], activations [tokens, in], `keep` is boolean [out, in] with True = kept, a `budget` is an
+integer number of kept weights. Capturing inputs, hooks, propagation, progress, resuming, dtypes and finite checks
+belong to the walker, never to a method.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from sparsekit.pattern import Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class MethodOptions(BaseModel):
+    """Options of a method, written beside its name in a recipe. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """A target linear as the plan sees it, before any weight is read."""
+
+    name: str
+    block: int
+    out_features: int
+    in_features: int
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Result of pruning one linear: `weight` is zero wherever `keep` is False."""
+
+    weight: Tensor  # [out, in], any float dtype; the walker casts it to the checkpoint's
+    keep: Tensor  # [out, in] bool
+
+
+class Stat(ABC):
+    """A streaming statistic of one linear's input. Float32 in, float64 sums, independent of the batch split."""
+
+    def __init__(self, in_features: int) -> None:
+        self.in_features = in_features
+        self.tokens = 0
+
+    @abstractmethod
+    def update(self, x: Tensor) -> None:
+        """Add a batch of inputs `x: [tokens, in]`, float32."""
+
+    @abstractmethod
+    def merge(self, other: Stat) -> None:
+        """Add what `other` has seen."""
+
+
+Stats = Mapping[str, Stat]
+Level = Callable[[Pattern, int], Pruned]
+"""`at(pattern, budget)`: the linear at one sparsity level, exactly `budget` weights kept."""
+
+
+class LayerPruner(ABC):
+    """Chooses which weights of a linear stay, and may change the ones that do."""
+
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Names of the statistics `fit` reads; none means that no calibration data is used."""
+
+    def __init__(self, options: MethodOptions, seed: int) -> None:
+        self.options = options
+        self.seed = seed
+
+    @abstractmethod
+    def fit(self, linear: LinearInfo, weight: Tensor, stats: Stats) -> Level:
+        """Do the expensive part once for `weight: [out, in]` (float32, not to be modified); return any level cheaply."""
+
+
+@dataclass(frozen=True)
+class AllocationContext:
+    """What an allocator may look at."""
+
+    linears: Sequence[LinearInfo]
+    pattern: Pattern
+    visit: Callable[[frozenset[str]], Iterator[tuple[LinearInfo, Tensor, Stats]]]
+    """Walk the dense model once: (linear, its weight [out, in] float32, the statistics asked for)."""
+
+
+class Allocator(ABC):
+    """Distributes a budget over linears."""
+
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, options: MethodOptions, seed: int) -> None:
+        self.options = options
+        self.seed = seed
+
+    @abstractmethod
+    def allocate(self, context: AllocationContext, budget: int) -> dict[str, int]:
+        """Return kept weights per linear name; they sum to `budget` exactly and are multiples of the pattern's unit."""
