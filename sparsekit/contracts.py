@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -24,6 +24,9 @@ class MethodOptions(BaseModel):
     """Options of a method, written beside its name in a recipe. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Options = TypeVar("Options", bound=MethodOptions)
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Stat(ABC):
         """Add a batch of inputs `x: [tokens, in]`, float32."""
 
     @abstractmethod
-    def merge(self, other: Stat) -> None:
-        """Add what `other` has seen."""
+    def merge(self, other: Stat, scale: float = 1.0) -> None:
+        """Add `scale` times what `other`, a statistic of the same kind, has seen."""
 
 
 Stats = Mapping[str, Stat]
@@ -70,14 +73,14 @@ Level = Callable[[Pattern, int], Pruned]
 """`at(pattern, budget)`: the linear at one sparsity level, exactly `budget` weights kept."""
 
 
-class LayerPruner(ABC):
+class LayerPruner(ABC, Generic[Options]):
     """Chooses which weights of a linear stay, and may change the ones that do."""
 
-    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    options_type: ClassVar[type[MethodOptions]] = MethodOptions
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the statistics `fit` reads; none means that no calibration data is used."""
 
-    def __init__(self, options: MethodOptions, seed: int) -> None:
+    def __init__(self, options: Options, seed: int) -> None:
         self.options = options
         self.seed = seed
 
@@ -96,13 +99,13 @@ class AllocationContext:
     """Walk the dense model once: (linear, its weight [out, in] float32, the statistics asked for)."""
 
 
-class Allocator(ABC):
+class Allocator(ABC, Generic[Options]):
     """Distributes a budget over linears."""
 
-    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    options_type: ClassVar[type[MethodOptions]] = MethodOptions
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, options: MethodOptions, seed: int) -> None:
+    def __init__(self, options: Options, seed: int) -> None:
         self.options = options
         self.seed = seed
 
