@@ -1,0 +1,7 @@
+"""Text to blocks of tokens."""
+
+from sparsekit.data.blocks import DEFAULT_SEQUENCE_LENGTH, load_blocks
+from sparsekit.data.documents import Part, TextSpec
+from sparsekit.data.packing import TokenBlocks
+
+__all__ = ["DEFAULT_SEQUENCE_LENGTH", "Part", "TextSpec", "TokenBlocks", "load_blocks"]
