@@ -1,0 +1,339 @@
+"""What a recipe says, as frozen models that refuse unknown keys.
+
+A stage's method is looked up in the registry and its options stand beside the stage's own keys, so the model
+of a stage is `PruneStage` joined with the method's options. `sparsekit.recipe.load` turns what these models
+refuse into messages with file, line and column.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from functools import cache
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from sparsekit import registry
+from sparsekit.errors import PluginBroken, RecipeSchemaError, UnknownName
+from sparsekit.pattern import NM, Pattern, parse_pattern
+
+_ROUNDED = 1e-3
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+class Section(BaseModel):
+    """Base of all parts of a recipe: unknown keys refused, no conversions, no changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class CalibrationSpec(Section):
+    """Text that methods are calibrated on."""
+
+    source: str = Field(
+        default="c4", min_length=1, description="Hub data set id, `builtin`, or a path or glob of text files"
+    )
+    config: str | None = Field(default=None, description="configuration of a Hub data set")
+    split: str | None = Field(default=None, description="split of a Hub data set")
+    field: str | None = Field(default=None, description="field that holds the text")
+    samples: int = Field(default=128, ge=1, description="number of token sequences")
+    sequence_length: int | None = Field(
+        default=None, ge=8, description="tokens per sample; null: the model's maximum, at most 2048"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the choice of samples")
+
+
+class AllocateSpec(Section):
+    """How a stage's budget is distributed over linears: an allocator's name and its options."""
+
+    method: str = Field(default="uniform", description="name of an allocator")
+
+
+class PruneStage(Section):
+    """One pruning stage; the options of its method stand beside these keys."""
+
+    stage: Literal["prune"] = Field(description="kind of stage")
+    method: str = Field(description="name of a pruner")
+    sparsity: float = Field(ge=0, le=1, description="fraction of zeros; implied by an N:M pattern")
+    pattern: str = Field(default="unstructured", description="unstructured, N:M (keep N of M) or RxC blocks")
+    allocate: Annotated[SerializeAsAny[AllocateSpec], PlainValidator(lambda value: _allocation(value))] = (
+        Field(
+            default_factory=lambda: _allocation("uniform"),
+            description="allocator: a name, or method and options",
+        )
+    )
+    targets: tuple[str, ...] = Field(
+        default=(), description="globs or re:... over dotted linear names; empty: every linear in the blocks"
+    )
+    ignore: tuple[str, ...] = Field(
+        default=(), description="globs or re:... over dotted linear names to leave dense"
+    )
+    propagate: Literal["block", "none"] = Field(
+        default="block", description="block: later blocks see pruned activations; none: dense activations"
+    )
+    min_coverage: float = Field(
+        default=0.9,
+        ge=0,
+        le=1,
+        description="least share of the blocks' linear weights that the targets must cover",
+    )
+
+    @model_validator(mode="after")
+    def _agrees_with_pattern(self) -> Self:
+        pattern = parse_pattern(self.pattern)
+        if isinstance(pattern, NM) and abs(self.sparsity - pattern.sparsity) > 1e-9:
+            text = (
+                f"sparsity {self.sparsity:g} disagrees with pattern {pattern}, which keeps {pattern.keep} of "
+                f"every {pattern.of} weights: sparsity {pattern.sparsity:g}; write that or leave it out"
+            )
+            error = PydanticCustomError("recipe", "{text}", {"text": text})
+            raise _errors(type(self), [{"type": error, "loc": ("sparsity",), "input": self.sparsity}])
+        return self
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern(cls, text: str) -> str:
+        try:
+            return str(parse_pattern(text))
+        except RecipeSchemaError as error:
+            raise ValueError(str(error)) from error
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _selectors(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in entries:
+            _selector(entry)
+        return entries
+
+    def parsed_pattern(self) -> Pattern:
+        """Return the pattern as a value."""
+        return parse_pattern(self.pattern)
+
+    def selects(self, name: str) -> bool:
+        """Return whether `targets` and `ignore` choose the linear with this dotted name.
+
+        A glob or regular expression must match the whole name.
+        """
+        chosen = not self.targets or any(_selector(entry).fullmatch(name) for entry in self.targets)
+        return chosen and not any(_selector(entry).fullmatch(name) for entry in self.ignore)
+
+    def method_options(self) -> Any:
+        """Return the options of the method: an instance of its `options_type`."""
+        return _options(self, "pruners")
+
+    def allocator(self) -> tuple[str, Any]:
+        """Return the allocator's name and its options: an instance of its `options_type`."""
+        return self.allocate.method, _options(self.allocate, "allocate")
+
+
+class SaveSpec(Section):
+    """How the checkpoint is written."""
+
+    format: Literal["auto", "dense"] = Field(default="dense", description="layout of the weights")
+    values: Literal["auto", "raw"] = Field(default="raw", description="encoding of the kept values")
+
+
+class EvaluateSpec(Section):
+    """What is measured on the dense and the pruned model."""
+
+    text: str = Field(
+        default="builtin", min_length=1, description="text for perplexity and KL: a source as in calibration"
+    )
+    samples: int = Field(default=16, ge=1, description="number of token sequences")
+    sequence_length: int | None = Field(
+        default=None, ge=8, description="tokens per sample; null: the model's maximum, at most 2048"
+    )
+    tasks: tuple[str, ...] = Field(default=(), description="lm-eval tasks")
+
+
+class Gates(Section):
+    """Least quality; a miss ends the command with exit code 6."""
+
+    max_perplexity_ratio: float | None = Field(
+        default=None, gt=0, description="highest pruned / dense perplexity"
+    )
+    max_kl: float | None = Field(
+        default=None, ge=0, description="highest KL divergence to the dense model, nats per token"
+    )
+    min_metrics: dict[str, float] = Field(default={}, description="lowest value per task/metric")
+
+    @field_validator("min_metrics")
+    @classmethod
+    def _task_metric(cls, values: dict[str, float]) -> dict[str, float]:
+        for key in values:
+            task, _, metric = key.rpartition("/")
+            if not (task and metric):
+                raise ValueError(f"key {key!r} must be task/metric, such as arc_easy/acc")
+        return values
+
+
+class Recipe(Section):
+    """One experiment: calibrate, run the stages in order, save, evaluate, hold the gates."""
+
+    sparsekit: Literal[1] = Field(description="version of the recipe schema")
+    name: str = Field(pattern=_NAME, description="letters, digits, dot, dash and underscore, at most 64")
+    description: str = Field(min_length=1, max_length=100, pattern=r"^[^\n]*$", description="one line")
+    calibration: CalibrationSpec = CalibrationSpec()
+    stages: tuple[Annotated[SerializeAsAny[PruneStage], PlainValidator(lambda value: _stage(value))], ...] = (
+        Field(min_length=1, description="what is done to the model, in order")
+    )
+    save: SaveSpec = SaveSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    gates: Gates = Gates()
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the whole recipe as JSON-able data: defaults and methods' options in, nothing inherited."""
+        return self.model_dump(mode="json")
+
+    @property
+    def digest(self) -> str:
+        """Sha256 (hexadecimal) of the resolved recipe."""
+        canonical = json.dumps(self.resolved(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@cache
+def stage_model(method: str) -> type[PruneStage]:
+    """Return `PruneStage` joined with the options of a pruner.
+
+    Raises:
+        UnknownName: No such pruner.
+        PluginBroken: An option is called like a key of the stage.
+    """
+    return _joined(PruneStage, "pruners", method)
+
+
+@cache
+def allocate_model(method: str) -> type[AllocateSpec]:
+    """Return `AllocateSpec` joined with the options of an allocator; raises as `stage_model`."""
+    return _joined(AllocateSpec, "allocate", method)
+
+
+def near(word: str, choices: Iterable[str]) -> str | None:
+    """Return the choice a misspelt word most likely means."""
+    found = difflib.get_close_matches(word, sorted(choices), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def _joined(base: type[Any], room: str, method: str) -> type[Any]:
+    options = registry.load(room, method).options_type
+    if clash := sorted(
+        name for name in options.model_fields if hasattr(base, name) or name in base.model_fields
+    ):
+        raise PluginBroken(
+            f"{registry.ROOMS[room][0]} {method!r} of {registry.source(room, method)} has an option "
+            f"{clash[0]!r}, which is a key of every stage",
+            hint="Ask its authors to rename the option.",
+        )
+    # the options first: pydantic then lists the base's keys first and takes the base's (strict) configuration
+    return create_model(f"{base.__name__}_{method}", __base__=(options, base), __doc__=base.__doc__)
+
+
+def _options(joined: BaseModel, room: str) -> Any:
+    options = registry.load(room, str(getattr(joined, "method"))).options_type  # noqa: B009
+    return options.model_validate({name: getattr(joined, name) for name in options.model_fields})
+
+
+def _stage(value: Any) -> PruneStage:
+    if isinstance(value, PruneStage):
+        value = value.model_dump(mode="json")
+    return _with_method(_implied_sparsity(value), PruneStage, stage_model)  # type: ignore[no-any-return]
+
+
+def _implied_sparsity(raw: Any) -> Any:
+    """Fill in the sparsity of an N:M pattern if it is not written, or written rounded (0.667 beside 1:3)."""
+    try:
+        pattern = parse_pattern(raw["pattern"])
+    except (RecipeSchemaError, TypeError, KeyError):
+        return raw  # left to the validation of the field
+    if not isinstance(pattern, NM):
+        return raw
+    given = raw.get("sparsity", pattern.sparsity)
+    close = type(given) in (int, float) and abs(given - pattern.sparsity) < _ROUNDED
+    return {**raw, "sparsity": pattern.sparsity} if close else raw
+
+
+def _allocation(value: Any) -> AllocateSpec:
+    if isinstance(value, AllocateSpec):
+        value = value.model_dump(mode="json")
+    if not isinstance(value, str | dict):
+        raise PydanticCustomError(
+            "kind", "must be an allocator's name, or a mapping with method and its options"
+        )
+    raw = {"method": value} if isinstance(value, str) else {"method": "uniform", **value}
+    try:
+        return _with_method(raw, AllocateSpec, allocate_model)  # type: ignore[no-any-return]
+    except ValidationError as error:
+        if isinstance(value, str):  # the name stands at the key itself
+            raise _errors(AllocateSpec, [{**_detail(item), "loc": ()} for item in error.errors()]) from error
+        raise
+
+
+def _with_method(raw: Any, base: type[Any], joined: Any) -> Any:
+    """Validate `raw` by the model of the method it names; without a usable name, by what is shared."""
+    if not isinstance(raw, dict):
+        raise PydanticCustomError("kind", "must be a mapping of keys to values")
+    if not isinstance(raw.get("method"), str):
+        return _shared_keys_only(raw, base, [])
+    try:
+        model = joined(raw["method"])
+    except UnknownName as error:
+        unknown: InitErrorDetails = {
+            "type": PydanticCustomError("unknown_method", "{text}", {"text": str(error)}),
+            "loc": ("method",),
+            "input": raw["method"],
+        }
+        return _shared_keys_only(raw, base, [unknown])
+    return model.model_validate_json(json.dumps(raw))
+
+
+def _shared_keys_only(raw: dict[str, Any], base: type[Any], problems: list[InitErrorDetails]) -> Any:
+    """Report what is wrong in any case; a key unlike the shared ones may be the unknown method's option."""
+    known = {
+        key: value for key, value in raw.items() if key in base.model_fields or near(key, base.model_fields)
+    }
+    try:
+        base.model_validate_json(json.dumps(known))
+    except ValidationError as error:
+        problems = problems + [_detail(item) for item in error.errors()]
+    raise _errors(base, problems)
+
+
+def _detail(item: Any) -> InitErrorDetails:
+    kind = item["type"]
+    if kind in ("missing", "extra_forbidden"):
+        return {"type": kind, "loc": item["loc"], "input": item["input"]}
+    error = PydanticCustomError(kind, "{text}", {"text": item["msg"]})
+    return {"type": error, "loc": item["loc"], "input": item["input"]}
+
+
+def _errors(model: type[BaseModel], problems: list[InitErrorDetails]) -> ValidationError:
+    return ValidationError.from_exception_data(model.__name__, problems, input_type="json")
+
+
+@cache
+def _selector(entry: str) -> re.Pattern[str]:
+    try:
+        if not entry:
+            raise ValueError(
+                "an entry is empty; write a glob such as *.mlp.* or re: and a regular expression"
+            )
+        return re.compile(entry[3:] if entry.startswith("re:") else fnmatch.translate(entry))
+    except re.error as error:
+        raise ValueError(f"{entry!r} is not a regular expression: {error}") from error
