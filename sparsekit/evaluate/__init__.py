@@ -1,0 +1,1 @@
+"""Measuring quality: perplexity, a model beside its baseline, lm-eval tasks, gates, tables."""
