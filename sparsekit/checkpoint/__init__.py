@@ -1,0 +1,1 @@
+"""Checkpoints on disk: bytes, shards, integrity, staging. No torch."""
