@@ -2,8 +2,8 @@
 
 Recipes are written in a subset of YAML: mappings with text keys, lists, and plain values. Refused, each with
 its position: tags, anchors and aliases, duplicate keys, several documents, NaN and infinity, text that is not
-UTF-8, files over 256 KiB and nesting deeper than 16. Plain values follow YAML 1.2, so `2:4`, `no` and `1e-3` are
-the text, the text and the number they look like (YAML 1.1 reads 124, false and a text).
+UTF-8, files over 256 KiB and nesting deeper than 16. Plain values follow YAML 1.2, so `2:4`, `no` and `1e-3`
+are text, text and a number (YAML 1.1 reads 124, false and a text).
 """
 
 from __future__ import annotations

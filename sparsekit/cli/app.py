@@ -1,0 +1,193 @@
+"""The command line: its commands, and how each way of ending becomes an exit code.
+
+Exit codes: 0 done, 2 usage or recipe, 3 model, data or checkpoint, 4 numbers, 5 resources, 6 quality gate
+missed, 70 a bug, 130 interrupted, 141 the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Annotated, Any, NoReturn, get_type_hints
+
+import typer
+
+from sparsekit import __version__
+from sparsekit.cli import options, render
+from sparsekit.errors import DiskFull, Interrupted, OutOfMemory, PermissionRefused, SparsekitError
+
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141
+
+# command, module, function: in the order of the help page; a module imports what is heavy inside its function
+COMMANDS = (
+    ("prune", "sparsekit.cli.prune", "prune"),
+    ("eval", "sparsekit.cli.eval", "evaluate"),
+    ("inspect", "sparsekit.cli.inspect", "inspect"),
+    ("verify", "sparsekit.cli.verify", "verify"),
+    ("methods", "sparsekit.cli.methods", "methods"),
+    ("doctor", "sparsekit.cli.doctor", "doctor"),
+)
+GROUPS = (("recipes", "sparsekit.cli.recipes", "commands"),)
+
+
+def main() -> None:
+    """Entry point of the `sparsekit` command."""
+    _stop_on_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a C locale must not turn a result into a traceback
+            stream.reconfigure(errors="backslashreplace")
+    build()(prog_name="sparsekit")
+
+
+@functools.cache
+def build() -> typer.Typer:
+    """Return the application with every command registered."""
+    app = typer.Typer(
+        help="Prune Hugging Face language models without training, and see what it costs.",
+        epilog="Start with: sparsekit prune MODEL --recipe wanda-50",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["--help", "-h"]},
+    )
+    app.callback()(_common)
+    for name, module, function in COMMANDS:
+        if importlib.util.find_spec(module):
+            app.command(name)(guard(getattr(importlib.import_module(module), function)))
+    for name, module, function in GROUPS:
+        group = typer.Typer(no_args_is_help=False)
+        getattr(importlib.import_module(module), function)(group, guard)
+        app.add_typer(group, name=name)
+    return app
+
+
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=lambda on: _version(on), is_eager=True),
+    ] = False,
+) -> None:
+    """Options of no command."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        render.emit(f"sparsekit {__version__}")
+        raise typer.Exit
+
+
+def guard(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with every way of ending turned into its message and exit code."""
+    hints = get_type_hints(command, include_extras=True)
+    names = {kind: [name for name, hint in hints.items() if hint == kind] for kind in _SHARED}
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        chosen = {kind: any(given[name] for name in names[kind]) for kind in _SHARED}
+        loudness = next((given[name] for name in names[options.Verbose]), 0)
+        _prepare(quiet=chosen[options.Quiet], verbose=loudness)
+        try:
+            command(**given)
+            sys.stdout.flush()
+        except typer.Exit:
+            raise
+        except BrokenPipeError:
+            _discard_output()
+            raise typer.Exit(EXIT_PIPE) from None
+        except BaseException as error:
+            raise typer.Exit(_report(error, as_json=chosen[options.Json])) from None
+
+    return run
+
+
+_SHARED: tuple[Any, ...] = (options.Json, options.Quiet, options.Verbose)
+
+
+def _report(error: BaseException, *, as_json: bool) -> int:
+    """Say what ended the command; return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        error = Interrupted("interrupted", hint="Run the same command again to go on.")
+    if (expected := _expected(error)) is not None:
+        render.show_error(expected, as_json=as_json)
+        return expected.exit_code
+    if not isinstance(error, Exception) or isinstance(error, typer.Abort | typer.TyperException):
+        raise error
+    import traceback
+
+    summary = f"{type(error).__name__}: {error}"
+    hint = "Please report it with the traceback above."
+    traceback.print_exception(error)
+    if as_json:
+        render.emit_json(render.error_document("Bug", f"this is a bug: {summary}", None, hint))
+    else:
+        print(f"error: this is a bug in sparsekit {__version__}: {summary}. {hint}", file=sys.stderr)
+    return EXIT_BUG
+
+
+def _expected(error: BaseException) -> SparsekitError | None:
+    """Return the error as one of ours, None if nobody foresaw it."""
+    if isinstance(error, SparsekitError):
+        return error
+    if isinstance(error, MemoryError):
+        return OutOfMemory("not enough memory", hint="Close other programs, or use fewer or shorter samples.")
+    if isinstance(error, OSError):
+        where = str(error.filename) if error.filename else None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return DiskFull(
+                "no space left", where=where, hint="Free some space, then run the same command again."
+            )
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return PermissionRefused(str(error.strerror), where=where, hint="Check its permissions.")
+    return None
+
+
+def _prepare(*, quiet: bool, verbose: int) -> None:
+    """Set logging, and keep libraries from writing over progress and results."""
+    level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("sparsekit").setLevel(level)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if verbose else "error")
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def _discard_output() -> None:
+    """Send what is still buffered nowhere, so that nothing complains at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _stop_on_signals() -> None:
+    """First SIGINT or SIGTERM: KeyboardInterrupt, so that work stops in order. Second: exit at once."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def second(number: int, frame: FrameType | None) -> NoReturn:
+        if sys.stderr.isatty():
+            os.write(2, b"\x1b[?25h\n")  # a progress bar may have hidden the cursor
+        os._exit(EXIT_INTERRUPTED)
+
+    def first(number: int, frame: FrameType | None) -> NoReturn:
+        for known in watched:
+            signal.signal(known, second)
+        raise KeyboardInterrupt
+
+    # a signal that the parent ignores (nohup, a job in the background) stays ignored
+    watched = [
+        known for known in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(known) is not signal.SIG_IGN
+    ]
+    for known in watched:
+        signal.signal(known, first)
