@@ -103,7 +103,10 @@ class Allocator(ABC, Generic[Options]):
     """Distributes a budget over linears."""
 
     options_type: ClassVar[type[MethodOptions]] = MethodOptions
+    looks: ClassVar[bool] = False
+    """Whether it calls `context.visit`; a dry run leaves such an allocation out."""
     needs: ClassVar[frozenset[str]] = frozenset()
+    """Names of the statistics it asks `context.visit` for."""
 
     def __init__(self, options: Options, seed: int) -> None:
         self.options = options

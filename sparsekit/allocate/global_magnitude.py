@@ -31,6 +31,7 @@ class GlobalMagnitude(Allocator[GlobalMagnitudeOptions]):
     """Counts of one magnitude ranking over all target linears."""
 
     options_type = GlobalMagnitudeOptions
+    looks = True
 
     def allocate(self, context: AllocationContext, budget: int) -> dict[str, int]:
         """Find the magnitude of rank `budget` and count the weights above it in each linear."""

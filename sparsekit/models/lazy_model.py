@@ -1,0 +1,203 @@
+"""A model whose blocks are loaded one at a time.
+
+The architecture is built on the meta device (its buffers are real). Tensors arrive through transformers' own
+checkpoint conversion, called with one block's tensors at a time, so that renamed weights and fused experts are what
+`from_pretrained` would have made. This file is the only one that touches that internal interface (transformers
+5.21 and later); tests hold it to `from_pretrained` on every family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsekit.checkpoint.source import WeightFiles
+from sparsekit.errors import CheckpointError, IndexMismatch
+from sparsekit.lazy import torch
+from sparsekit.models.structure import Stack, find_stack
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class LazyModel:
+    """A causal language model of which only the parts in use are in memory.
+
+    Attributes:
+        module: The transformers model; parameters that are not loaded stand on meta.
+        stack: Its decoder blocks.
+        dtype: Dtype the parameters are loaded in.
+
+    `cast` says that the user chose that dtype, so the output is written in it too.
+    """
+
+    def __init__(
+        self,
+        weights: WeightFiles,
+        config: Any,
+        dtype: torch.dtype,
+        *,
+        cast: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self.weights = weights
+        self.dtype = dtype
+        self._cast = cast
+        with init_empty_weights(include_buffers=False):
+            self.module: Any = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                experts_implementation="eager",  # per-expert products: no padding, no grouped kernels
+            )
+        self.module.eval()
+        self.module.requires_grad_(False)
+        self.stack: Stack = find_stack(self.module)
+        self._mapping = get_model_conversion_mapping(self.module)
+        self._keys = self._assign_keys()
+        self._shards: dict[int, Path] = {}
+
+    @property
+    def blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.stack.blocks)
+
+    def target_dtype(self, stored: torch.dtype | None) -> torch.dtype | None:
+        """Return the dtype a tensor is written in: as stored, unless the user asked for another one."""
+        return self.dtype if self._cast and stored is not None and stored.is_floating_point else stored
+
+    def keys(self, index: int | None) -> tuple[str, ...]:
+        """Return the checkpoint tensor names of block `index`, or of everything outside the blocks for None."""
+        return self._keys.get(index, ())
+
+    def load_outer(self) -> None:
+        """Load embeddings, final norm and head."""
+        self._load(None)
+        self.module.tie_weights()
+        self._refuse_missing(None)
+
+    def release_outer(self) -> None:
+        """Forget everything outside the blocks."""
+        blocks = {id(parameter) for block in self.stack.blocks for parameter in block.parameters()}
+        for module in self.module.modules():
+            _to_meta(module, except_ids=blocks)
+
+    def load_block(self, index: int) -> nn.Module:
+        """Load one block from the source, or from the shard it was redirected to."""
+        self._load(index)
+        self._refuse_missing(index)
+        return self.stack.blocks[index]
+
+    def release_block(self, index: int) -> None:
+        """Forget one block's tensors; the mapping of its file is closed with them."""
+        for module in self.stack.blocks[index].modules():
+            _to_meta(module)
+
+    def redirect(self, index: int, shard: Path) -> None:
+        """Read block `index` from `shard` (same tensor names) from now on."""
+        self._shards[index] = shard
+
+    def origin(self, index: int | None, key: str) -> Path:
+        """Return the file that holds checkpoint tensor `key`."""
+        if index is not None and index in self._shards:
+            return self._shards[index]
+        return self.weights.folder / self.weights.tensors[key].file
+
+    def to_checkpoint(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Turn parameters of a loaded block back into checkpoint tensors: names, and fused experts taken apart."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        reverted: dict[str, Tensor] = revert_weight_conversion(self.module, dict(tensors))
+        prefix = f"{self.module.base_model_prefix}."
+        known = {}
+        for name, tensor in reverted.items():
+            # Checkpoints of bare base models lack the prefix that the causal model's names carry.
+            key = name if name in self.weights.tensors else name.removeprefix(prefix)
+            if key not in self.weights.tensors:
+                raise IndexMismatch(f"no tensor of this name in the source, but the pruned block has one: {name}")
+            known[key] = tensor
+        return known
+
+    def _assign_keys(self) -> dict[int | None, tuple[str, ...]]:
+        """Ask transformers which parameter each checkpoint tensor becomes, and sort the tensors by block."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        expected = self.module.state_dict()
+        keys: dict[int | None, list[str]] = {}
+        for key in sorted(self.weights.tensors):
+            name, _ = rename_source_key(key, renamings, converters, self.module.base_model_prefix, expected)
+            if name not in expected and key in expected:
+                name = key
+            owner = self.stack.owner(name)
+            keys.setdefault(owner if owner is None or owner < len(self.stack.blocks) else None, []).append(key)
+        return {owner: tuple(names) for owner, names in keys.items()}
+
+    def _load(self, index: int | None) -> None:
+        from safetensors import safe_open
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        with ExitStack() as stack:
+            files: dict[Path, Any] = {}
+            state: dict[str, Any] = {}
+            for key in self.keys(index):
+                path = self.origin(index, key)
+                if path not in files:
+                    files[path] = stack.enter_context(safe_open(path, framework="pt"))
+                state[key] = files[path].get_slice(key)
+            options = LoadStateDictConfig(
+                dtype=self.dtype,
+                dtype_plan=self.module._get_dtype_plan(self.dtype),
+                weight_mapping=self._mapping,
+                device_map={"": "cpu"},
+            )
+            info, _ = convert_and_load_state_dict_in_model(self.module, state, options)
+        where = "the model" if index is None else self.stack.prefix(index)
+        if info.mismatched_keys:
+            name, found, needed = sorted(info.mismatched_keys)[0]
+            raise CheckpointError(
+                f"{name} has shape {list(found)}, the configuration needs {list(needed)}",
+                where=str(self.weights.folder),
+                hint="config.json and weights do not belong together.",
+            )
+        if info.conversion_errors:
+            name, text = sorted(info.conversion_errors.items())[0]
+            raise CheckpointError(f"{name} could not be converted: {text}", where=where)
+
+    def _refuse_missing(self, index: int | None) -> None:
+        owner: nn.Module = self.module if index is None else self.stack.blocks[index]
+        missing = [
+            name
+            for name, tensor in _named_tensors(owner)
+            if tensor.is_meta and (index is not None or self.stack.owner(name) is None)
+        ]
+        if missing:
+            name = missing[0] if index is None else f"{self.stack.prefix(index)}.{missing[0]}"
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise IndexMismatch(
+                f"the weights hold no tensor for {name}{more}",
+                where=str(self.weights.folder),
+                hint="The checkpoint is incomplete, or config.json belongs to another model.",
+            )
+
+
+def _named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _to_meta(module: nn.Module, except_ids: frozenset[int] | set[int] = frozenset()) -> None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not parameter.is_meta and id(parameter) not in except_ids:
+            empty = torch.empty_like(parameter, device="meta")
+            module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)

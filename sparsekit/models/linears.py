@@ -1,0 +1,181 @@
+"""Every weight matrix of a block as a linear [out, in], however the architecture stores it.
+
+`nn.Linear` holds [out, in]; GPT-2's Conv1D holds [in, out]; a mixture of experts holds 3-D parameters
+[experts, out, in] (or [experts, in, out]) that no module of its own represents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparsekit.contracts import LinearInfo
+from sparsekit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
+
+
+@dataclass
+class Linear:
+    """One weight matrix inside a loaded block.
+
+    Attributes:
+        info: Name and shape.
+        module: The module that owns the parameter and whose input is captured.
+        parameter: Name of the parameter inside `module`.
+        expert: Index into a 3-D expert parameter, else None.
+        transposed: True when the parameter is stored [in, out].
+    """
+
+    info: LinearInfo
+    module: nn.Module
+    parameter: str
+    expert: int | None = None
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Dotted name of the linear."""
+        return self.info.name
+
+    def weight(self) -> Tensor:
+        """Return the stored weight as a view [out, in]."""
+        stored = self.module.get_parameter(self.parameter).data
+        if self.expert is not None:
+            stored = stored[self.expert]
+        return stored.T if self.transposed else stored
+
+    def replace(self, weight: Tensor) -> Tensor:
+        """Store `weight: [out, in]`, cast to the parameter's dtype; return what was stored, [out, in]."""
+        parameter = self.module.get_parameter(self.parameter)
+        value = weight.to(parameter.dtype)
+        stored = value.T.contiguous() if self.transposed else value
+        if self.expert is None:
+            parameter.data = stored
+        else:
+            parameter.data[self.expert].copy_(stored)
+        return value
+
+
+Tap = Callable[[str, "Tensor"], None]
+"""Receives (linear name, its input [..., in]) whenever a tapped linear is about to run."""
+
+
+def find_linears(block: nn.Module, prefix: str, index: int) -> list[Linear]:
+    """Return all linears of a block in module order; routers and single-output gates are not among them.
+
+    Args:
+        block: A decoder layer; its parameters may be on meta.
+        prefix: Dotted name of the block, such as `model.layers.3`.
+        index: Number of the block.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    found: list[Linear] = []
+    experts = {name: module for name, module in block.named_modules() if is_experts(module)}
+    for name, module in block.named_modules():
+        full = f"{prefix}.{name}" if name else prefix
+        if name in experts:
+            found.extend(_expert_linears(module, full, index))
+        elif isinstance(module, (torch.nn.Linear, Conv1D)) and not _is_router(name, module, experts):
+            transposed = isinstance(module, Conv1D)
+            shape = module.weight.shape[::-1] if transposed else module.weight.shape
+            info = LinearInfo(full, index, int(shape[0]), int(shape[1]))
+            found.append(Linear(info, module, "weight", transposed=transposed))
+    return found
+
+
+def routers(block: nn.Module) -> set[str]:
+    """Return the parameter names (relative to the block) that choose experts: never targets, never counted."""
+    experts = {name: module for name, module in block.named_modules() if is_experts(module)}
+    return {
+        f"{name}.weight"
+        for name, module in block.named_modules()
+        if hasattr(module, "weight") and _is_router(name, module, experts)
+    }
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Tell a module that holds all experts of a layer in 3-D parameters (transformers' experts interface)."""
+    down = getattr(module, "down_proj", None)
+    return isinstance(down, torch.nn.Parameter) and down.ndim == 3 and hasattr(module, "_apply_gate")
+
+
+def _is_router(name: str, module: nn.Module, experts: dict[str, nn.Module]) -> bool:
+    """A router scores experts: it sits beside them and has one output per expert, or one output to gate them all."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.ndim != 2:
+        return False
+    parent = name.rpartition(".")[0]
+    beside = [e for path, e in experts.items() if path.rpartition(".")[0] == parent]
+    return any(weight.shape[0] in (1, int(e.get_parameter("down_proj").shape[0])) for e in beside)
+
+
+def _expert_linears(module: nn.Module, prefix: str, index: int) -> Iterator[Linear]:
+    transposed = bool(getattr(module, "is_transposed", False))
+    for parameter in _projections(module):
+        count, *shape = module.get_parameter(parameter).shape
+        rows, columns = shape[::-1] if transposed else shape
+        for expert in range(count):
+            info = LinearInfo(f"{prefix}.{expert}.{parameter}", index, int(rows), int(columns))
+            yield Linear(info, module, parameter, expert=expert, transposed=transposed)
+
+
+def _projections(module: nn.Module) -> list[str]:
+    names = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3 and name.endswith("_proj")]
+    return sorted(names, key=lambda name: name == "down_proj")  # inputs before outputs
+
+
+def tap_inputs(linears: Sequence[Linear], tap: Tap) -> list[RemovableHandle]:
+    """Install hooks that hand every linear's input to `tap`; remove the returned handles afterwards."""
+    handles: list[RemovableHandle] = []
+    experts: dict[int, list[Linear]] = {}
+    for linear in linears:
+        if linear.expert is None:
+            handles.append(linear.module.register_forward_pre_hook(_module_hook(linear.name, tap)))
+        else:
+            experts.setdefault(id(linear.module), []).append(linear)
+    for group in experts.values():
+        handles.append(group[0].module.register_forward_pre_hook(_experts_hook(group, tap)))
+    return handles
+
+
+def _module_hook(name: str, tap: Tap) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    # A pre-hook must return None: anything else replaces the module's input.
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        tap(name, args[0])
+
+    return hook
+
+
+def _experts_hook(group: Sequence[Linear], tap: Tap) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    wanted = {(linear.expert, linear.parameter): linear.name for linear in group}
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        hidden, chosen = args[0].reshape(-1, args[0].shape[-1]), args[1]  # [tokens, in], [tokens, top_k]
+        for expert in sorted({expert for expert, _ in wanted if expert is not None}):
+            tokens = (chosen == expert).any(dim=-1).nonzero()[:, 0]
+            x = hidden[tokens]  # [tokens of this expert, in]
+            for parameter in _projections(module):
+                name = wanted.get((expert, parameter))
+                if parameter == "down_proj":
+                    x = _intermediate(module, expert, x)  # [tokens of this expert, intermediate]
+                if name is not None:
+                    tap(name, x)
+
+    return hook
+
+
+def _intermediate(module: nn.Module, expert: int, x: Tensor) -> Tensor:
+    """Recompute the input of an expert's down projection; the fused implementations never expose it."""
+    gated = bool(getattr(module, "has_gate", True))
+    parameter = "gate_up_proj" if gated else "up_proj"
+    weight = module.get_parameter(parameter)[expert]
+    up = x @ (weight if getattr(module, "is_transposed", False) else weight.T)
+    if getattr(module, "has_bias", False):
+        up = up + module.get_parameter(f"{parameter}_bias")[expert]
+    result: Tensor = module._apply_gate(up) if gated else module.act_fn(up)
+    return result

@@ -1,0 +1,228 @@
+"""What a prune stage will do, decided before any weight is read: targets, coverage, budgets, cost.
+
+Everything that can be refused is refused here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparsekit import budget as budgets
+from sparsekit import registry
+from sparsekit.contracts import AllocationContext, Allocator, LayerPruner, LinearInfo
+from sparsekit.errors import LowCoverage, OutOfMemory, PlanError
+from sparsekit.lazy import torch
+from sparsekit.models.lazy_model import LazyModel
+from sparsekit.pattern import NM, Pattern, parse_pattern
+from sparsekit.recipe.schema import PruneStage
+
+BASE_MEMORY_BYTES = 700 << 20  # Python, torch and transformers themselves
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A prune stage applied to one model.
+
+    Attributes:
+        stage: The recipe's stage.
+        pattern: Parsed pattern.
+        targets: Linears to prune, in model order.
+        ignored: Names of the block linears that stay dense.
+        coverage: Share of all matrix weights of the blocks that are targets.
+        budget: Weights kept in all targets together.
+        pruner, allocator: The methods, with their options.
+    """
+
+    stage: PruneStage
+    pattern: Pattern
+    targets: tuple[LinearInfo, ...]
+    ignored: tuple[str, ...]
+    coverage: float
+    budget: int
+    pruner: LayerPruner[Any]
+    allocator: Allocator[Any]
+
+    @property
+    def numel(self) -> int:
+        """Number of target weights."""
+        return sum(linear.numel for linear in self.targets)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is read at all."""
+        return bool(self.pruner.needs or self.allocator.needs)
+
+
+def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) -> StagePlan:
+    """Resolve a stage against a model; `where` names the stage in errors, such as `stages.0`.
+
+    Raises:
+        PlanError: A target or ignore entry matches nothing, or the pattern does not fit a width.
+        LowCoverage: The targets cover less than the stage's min_coverage.
+    """
+    linears = [linear.info for index in range(model.blocks) for linear in model.stack.linears(index)]
+    pattern = parse_pattern(stage.pattern)
+    names = [linear.name for linear in linears]
+    chosen = set(names) if not stage.targets else _matches(stage.targets, names, names, f"{where}.targets")
+    modules = [name for name, _ in model.module.named_modules()]
+    ignored = _matches(stage.ignore, names, modules, f"{where}.ignore")
+    targets = tuple(linear for linear in linears if linear.name in chosen - ignored)
+    if not targets:
+        raise PlanError("no linear is left to prune", where=where, hint="Check targets and ignore.")
+    for linear in targets:
+        pattern.check(linear.out_features, linear.in_features, where=linear.name)
+    total = model.stack.matrix_weights()
+    covered = sum(linear.numel for linear in targets)
+    if covered < stage.min_coverage * total:
+        raise LowCoverage(
+            f"the recipe covers {covered / total:.1%} of the block weights, it asks for {stage.min_coverage:.0%}; "
+            f"left out: {_left_out(model, targets)}",
+            where=where,
+            hint="Widen targets, or set min_coverage in the stage to accept this.",
+        )
+    allocation, options = stage.allocator()
+    return StagePlan(
+        stage=stage,
+        pattern=pattern,
+        targets=targets,
+        ignored=tuple(name for name in names if name not in {linear.name for linear in targets}),
+        coverage=covered / total,
+        budget=budgets.total(targets, pattern, stage.sparsity),
+        pruner=registry.load("pruners", stage.method)(stage.method_options(), seed),
+        allocator=registry.load("allocate", allocation)(options, seed),
+    )
+
+
+def allocate(plan: StagePlan, context: AllocationContext) -> dict[str, int]:
+    """Ask the allocator for kept counts and prove them: every target once, sum exact, whole units, legal N:M."""
+    if isinstance(plan.pattern, NM):
+        return {linear.name: linear.numel // plan.pattern.of * plan.pattern.keep for linear in plan.targets}
+    counts = plan.allocator.allocate(context, plan.budget)
+    name = type(plan.allocator).__name__
+    if sorted(counts) != sorted(linear.name for linear in plan.targets):
+        raise PlanError(f"allocator {name} returned counts for other linears than the targets")
+    if sum(counts.values()) != plan.budget:
+        raise PlanError(f"allocator {name} returned {sum(counts.values())} kept weights, the budget is {plan.budget}")
+    for linear in plan.targets:
+        count = counts[linear.name]
+        if not 0 <= count <= linear.numel or count % plan.pattern.unit:
+            raise PlanError(f"allocator {name} keeps {count} of {linear.numel} weights", where=linear.name)
+    return counts
+
+
+def _matches(entries: Sequence[str], names: Sequence[str], known: Sequence[str], where: str) -> set[str]:
+    """Return the linears that globs and `re:` entries match; an entry that matches nothing known is an error."""
+    found: set[str] = set()
+    for position, entry in enumerate(entries):
+        try:
+            expression = re.compile(entry[3:] if entry.startswith("re:") else fnmatch.translate(entry))
+        except re.error as error:
+            raise PlanError(f"{entry!r} is not a regular expression: {error}", where=f"{where}.{position}") from error
+        if not any(expression.fullmatch(name) for name in (*names, *known)):
+            raise PlanError(
+                f"{entry!r} matches no linear of this model",
+                where=f"{where}.{position}",
+                hint=f"Names look like {names[0]!r}; globs such as '*.q_proj' and 're:...' are allowed.",
+            )
+        found |= {name for name in names if expression.fullmatch(name)}
+    return found
+
+
+def _left_out(model: LazyModel, targets: Sequence[LinearInfo]) -> str:
+    """Name the kinds of matrices that are not targets, without block numbers."""
+    covered = {linear.name for linear in targets}
+    kinds: dict[str, int] = {}
+    for index in range(model.blocks):
+        prefix = f"{model.stack.prefix(index)}."
+        for linear in model.stack.linears(index):
+            if linear.name not in covered:
+                kind = linear.name.removeprefix(prefix)
+                kinds[kind] = kinds.get(kind, 0) + 1
+    shown = [f"{kind} ({count})" for kind, count in sorted(kinds.items())[:6]]
+    return ", ".join(shown) or "matrices that are not linears"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run needs.
+
+    Attributes:
+        memory_bytes: Expected peak of resident memory.
+        disk_bytes: Size of the output, all in one staged folder before it is moved into place.
+        seconds: Expected time of the block forwards, from a short measurement on this machine; None without data.
+        tokens: Calibration tokens.
+    """
+
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float | None
+    tokens: int
+
+
+def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequence_length: int) -> Cost:
+    """Estimate memory, disk and time of running `plans` on `samples` sequences of `sequence_length` tokens."""
+    item = torch.empty(0, dtype=model.dtype).element_size()
+    largest_block = max(sum(p.numel() for p in block.parameters()) for block in model.stack.blocks)
+    largest_linear = max(linear.numel for plan in plans for linear in plan.targets)
+    outer = sum(
+        (e := location.entry).end - e.start
+        for key in model.keys(None)
+        for location in (model.weights.tensors[key],)
+    )
+    tokens = samples * sequence_length
+    hidden = int(getattr(model.module.config, "hidden_size", 0) or 0)
+    memory = BASE_MEMORY_BYTES + largest_block * (item + 1) + largest_linear * 16
+    if tokens:
+        memory += max(tokens * hidden * item + largest_block * item, outer)
+    return Cost(
+        memory_bytes=memory,
+        disk_bytes=model.weights.total_bytes + (16 << 20),
+        seconds=_forward_seconds(model, plans, tokens, sequence_length) if tokens else None,
+        tokens=tokens,
+    )
+
+
+def require_memory(cost: Cost) -> None:
+    """Refuse a run that this machine's available memory cannot hold.
+
+    Raises:
+        OutOfMemory: with needed and available bytes.
+    """
+    available = available_memory_bytes()
+    if available is not None and cost.memory_bytes > available:
+        raise OutOfMemory(
+            f"the run needs about {cost.memory_bytes / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free",
+            hint="Lower calibration.samples or calibration.sequence_length, or use a machine with more memory.",
+        )
+
+
+def available_memory_bytes() -> int | None:
+    """Return the memory a new allocation could get, None where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+    except OSError:
+        return None
+    return int(fields["MemAvailable"].split()[0]) << 10 if "MemAvailable" in fields else None
+
+
+def _forward_seconds(model: LazyModel, plans: Sequence[StagePlan], tokens: int, sequence_length: int) -> float:
+    """Time one linear of the model on random data and scale to all block forwards."""
+    linear = max((linear for plan in plans for linear in plan.targets), key=lambda linear: linear.numel)
+    weight = torch.zeros(linear.out_features, linear.in_features, dtype=model.dtype)
+    x = torch.zeros(sequence_length, linear.in_features, dtype=model.dtype)
+    torch.nn.functional.linear(x, weight)
+    start = time.perf_counter()
+    rounds = 0
+    while time.perf_counter() - start < 0.2:
+        torch.nn.functional.linear(x, weight)
+        rounds += 1
+    per_multiply = (time.perf_counter() - start) / rounds / (linear.numel * sequence_length)
+    forwards = sum(2 if plan.needs_data else 0 for plan in plans)
+    # Attention, norms and selection cost about as much again as half the linears.
+    return 1.5 * forwards * model.stack.matrix_weights() * tokens * per_multiply

@@ -1,0 +1,230 @@
+"""Executing a prune stage: every block is fitted, checked, written as one shard and journalled.
+
+A finished block's shard is at once the output and the resume point: a run that starts again takes it as it is and
+only propagates the activations through it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsekit import masks
+from sparsekit.checkpoint.safetensors_file import RawTensor, read_header
+from sparsekit.checkpoint.staging import StagedCheckpoint
+from sparsekit.contracts import AllocationContext, LinearInfo, Stat, Stats
+from sparsekit.errors import IndexMismatch, NonFinite, SparsekitError
+from sparsekit.lazy import torch
+from sparsekit.models.lazy_model import LazyModel
+from sparsekit.models.linears import Linear
+from sparsekit.models.raw import read_raw, to_raw, torch_dtype
+from sparsekit.plan import StagePlan, allocate
+from sparsekit.progress import Reporter
+from sparsekit.stats.sumsq import SumSq
+from sparsekit.walk import Visit, walk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did: facts per linear and per stored tensor, from the journal (so also for resumed blocks)."""
+
+    linears: dict[str, dict[str, Any]]
+    tensors: dict[str, dict[str, Any]]
+    notes: list[str]
+    resumed: int
+
+
+def prune_stage(
+    model: LazyModel,
+    plan: StagePlan,
+    samples: Tensor | None,
+    staged: StagedCheckpoint,
+    shard_names: Sequence[str],
+    reporter: Reporter,
+) -> StageResult:
+    """Prune every block of `model` and write its shards into `staged`.
+
+    Args:
+        model: Source of the blocks; redirected to the written shards as they are finished.
+        plan: What to do.
+        samples: Calibration ids [samples, sequence_length]; None when the plan needs no data.
+        staged: Where shards and journal lines go.
+        shard_names: File name per block.
+        reporter: Told about every block.
+    """
+    context = AllocationContext(plan.targets, plan.pattern, _visitor(model, plan, samples, reporter))
+    budgets = allocate(plan, context)
+    linears: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
+    notes: list[str] = []
+    resumed = 0
+    for visit in walk(model, samples, reporter, propagate=plan.stage.propagate, task=f"prune ({plan.stage.method})"):
+        key = f"block-{visit.index}"
+        entry = staged.finished(key)
+        shard = staged.folder / shard_names[visit.index]
+        if entry is None:
+            facts, changed = _prune_block(model, visit, plan, budgets)
+            written = checkpoint_tensors(model, visit.index, changed)
+            entry = staged.write_shard(key, shard_names[visit.index], written, facts)
+        else:
+            visit.adopt(shard)
+            resumed += 1
+        found: Any = entry.facts
+        linears.update(found["linears"])
+        tensors.update(found["tensors"])
+        notes.extend(found["notes"])
+        model.redirect(visit.index, shard)
+    return StageResult(linears, tensors, notes, resumed)
+
+
+def _prune_block(
+    model: LazyModel, visit: Visit, plan: StagePlan, budgets: Mapping[str, int]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Prune the targets of one block in place; return facts for the journal and the changed checkpoint tensors."""
+    targets = [linear for linear in visit.linears if linear.name in budgets]
+    stats = visit.collect(targets, plan.pruner.needs) if targets else {}
+    linears: dict[str, dict[str, Any]] = {}
+    keeps: dict[str, Tensor] = {}
+    for linear in targets:
+        start = time.perf_counter()
+        keep, facts = _prune_linear(linear, plan, budgets[linear.name], stats[linear.name])
+        _note_mask(keeps, linear, keep, model.stack.prefix(visit.index))
+        facts["seconds"] = round(time.perf_counter() - start, 4)
+        linears[linear.name] = facts
+    state = model.module.state_dict()
+    changed = model.to_checkpoint({name: state[name] for name in keeps})
+    stored_masks = model.to_checkpoint(keeps)
+    turned = {_parameter(linear) for linear in targets if linear.transposed}
+    transposed = model.to_checkpoint({name: keeps[name] for name in turned}).keys()
+    tensors = {
+        name: {
+            "kept": int(mask.sum()),
+            "pattern": str(plan.pattern),
+            "method": plan.stage.method,
+            "transposed": name in transposed,
+        }
+        for name, mask in stored_masks.items()
+    }
+    return {"linears": linears, "tensors": tensors, "notes": visit.notes}, changed
+
+
+def _prune_linear(
+    linear: Linear, plan: StagePlan, budget: int, stats: Mapping[str, Stat]
+) -> tuple[Tensor, dict[str, Any]]:
+    dense = linear.weight().to(torch.float32)  # [out, in]
+    if not bool(torch.isfinite(dense).all()):
+        bad = int((~torch.isfinite(dense)).sum())
+        raise NonFinite(
+            f"{bad} of {dense.numel()} weights are NaN or infinite",
+            where=linear.name,
+            hint="The source checkpoint is damaged; get it again.",
+        )
+    try:
+        pruned = plan.pruner.fit(linear.info, dense, stats)(plan.pattern, budget)
+    except SparsekitError as error:
+        error.where = error.where or linear.name
+        raise
+    stored = linear.replace(pruned.weight)
+    masks.check(stored, pruned.keep, plan.pattern, budget, where=linear.name)
+    return pruned.keep, {
+        "kept": budget,
+        "numel": linear.info.numel,
+        "shape": [linear.info.out_features, linear.info.in_features],
+        "pattern": str(plan.pattern),
+        "method": plan.stage.method,
+        **_errors(dense, stored, stats),
+    }
+
+
+def _errors(dense: Tensor, stored: Tensor, stats: Stats) -> dict[str, Any]:
+    """Relative squared error of the weights, and of the outputs as far as the statistics tell it.
+
+    With channel norms alone the output error is that of uncorrelated inputs: sum (dW_ij n_j)^2 / sum (W_ij n_j)^2.
+    """
+    difference = dense - stored.to(torch.float32)
+    facts: dict[str, Any] = {"weight_error": _ratio(difference, dense)}
+    sumsq = stats.get("sumsq")
+    if isinstance(sumsq, SumSq):
+        norm = sumsq.norm()
+        facts["output_error_diagonal"] = _ratio(difference * norm, dense * norm)
+        facts["tokens"] = sumsq.tokens
+    return facts
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    total = float(whole.square().sum())
+    return float(part.square().sum()) / total if total else 0.0
+
+
+def _parameter(linear: Linear) -> str:
+    """Return the model's name of the parameter that holds a linear."""
+    path = linear.name
+    if linear.expert is not None:
+        path = path.rsplit(".", 2)[0]
+    return f"{path}.{linear.parameter}"
+
+
+def _note_mask(keeps: dict[str, Tensor], linear: Linear, keep: Tensor, prefix: str) -> None:
+    """Enter a linear's mask into the mask of the parameter that stores it."""
+    name = _parameter(linear)
+    stored = linear.module.get_parameter(linear.parameter)
+    if linear.expert is None:
+        keeps[name] = keep.T if linear.transposed else keep
+        return
+    whole = keeps.setdefault(name, torch.ones(stored.shape, dtype=torch.bool))
+    whole[linear.expert] = keep.T if linear.transposed else keep
+
+
+def checkpoint_tensors(model: LazyModel, index: int | None, changed: Mapping[str, Tensor]) -> dict[str, RawTensor]:
+    """Return the tensors of a block (None: everything outside the blocks) as they go into the output.
+
+    Unchanged tensors are copied byte for byte; changed ones are written in the dtype the source stores them in. When
+    the user asked for another dtype, floating tensors are cast to it.
+    """
+    tensors: dict[str, RawTensor] = {}
+    headers: dict[Path, Any] = {}
+    unknown = sorted(set(changed) - set(model.keys(index)))
+    if unknown:
+        raise IndexMismatch(f"pruned tensor {unknown[0]} does not stand in the source block", where=str(model.weights.folder))
+    for key in model.keys(index):
+        path = model.origin(index, key)
+        if path not in headers:
+            headers[path] = read_header(path)
+        entry = headers[path].tensors[key]
+        stored = torch_dtype(entry.dtype)
+        target = model.target_dtype(stored)
+        if key in changed:
+            tensors[key] = to_raw(changed[key].to(target))
+        elif target != stored:
+            tensors[key] = to_raw(_load(path, key).to(target))
+        else:
+            tensors[key] = read_raw(path, entry)
+    return tensors
+
+
+def _load(path: Path, key: str) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(key)
+    return tensor
+
+
+def _visitor(model: LazyModel, plan: StagePlan, samples: Tensor | None, reporter: Reporter) -> Any:
+    """Return the dense walk an allocator may ask for."""
+    targets = {linear.name for linear in plan.targets}
+
+    def visit(needs: frozenset[str]) -> Iterator[tuple[LinearInfo, Tensor, Stats]]:
+        for block in walk(model, samples if needs else None, reporter, propagate="none", task="allocate"):
+            linears = [linear for linear in block.linears if linear.name in targets]
+            stats = block.collect(linears, needs)
+            for linear in linears:
+                yield linear.info, linear.weight().to(torch.float32), stats[linear.name]
+
+    return visit

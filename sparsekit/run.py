@@ -1,0 +1,343 @@
+"""Executing a resolved recipe: plan, prune stage by stage, evaluate, report, commit."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sparsekit import __version__, fs
+from sparsekit.checkpoint.staging import StagedCheckpoint, is_finished
+from sparsekit.data.blocks import load_blocks
+from sparsekit.data.documents import TextSpec
+from sparsekit.data.packing import TokenBlocks
+from sparsekit.errors import CheckpointError, PlanError
+from sparsekit.evaluate.evaluation import EvaluationReport, EvaluationRequest, evaluate
+from sparsekit.evaluate.gates import GatesSpec, check
+from sparsekit.models.lazy_model import LazyModel
+from sparsekit.models.source import ModelSource, open_model
+from sparsekit.plan import Cost, StagePlan, estimate, plan_stage, require_memory
+from sparsekit.progress import Reporter
+from sparsekit.prune import StageResult, checkpoint_tensors, prune_stage
+from sparsekit.recipe.load import dump_yaml
+from sparsekit.recipe.schema import Recipe
+from sparsekit.report.pages import pages
+
+OUTER = "outer"
+"""Journal key of the shard with embeddings, final norm and head."""
+
+# Weights and what only describes them, and what a run writes anew; everything else of a model folder goes along.
+_NOT_SIDE_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf",
+    "*.h5", "*.msgpack", "*.onnx", "config.json", "README.md", "sparsekit.json", "recipe.yaml", "report.json",
+    "report.html", ".*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything known before the first weight is read."""
+
+    recipe: Recipe
+    source: ModelSource
+    model: LazyModel
+    plans: tuple[StagePlan, ...]
+    cost: Cost
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any stage reads calibration text."""
+        return any(plan.needs_data for plan in self.plans)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of a run.
+
+    Attributes:
+        out: The committed checkpoint.
+        report: Content of report.json.
+        missed_gates: Quality gates that were not met, in words.
+        already_finished: The checkpoint was there, made by exactly this run; nothing was done.
+    """
+
+    out: Path
+    report: dict[str, Any]
+    missed_gates: tuple[str, ...] = ()
+    already_finished: bool = False
+
+
+def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
+    """Plan a recipe for a model; refuses all that can be refused without reading weights or text."""
+    model = source.lazy()
+    plans = tuple(
+        plan_stage(model, stage, recipe.calibration.seed, where=f"stages.{position}")
+        for position, stage in enumerate(recipe.stages)
+    )
+    spec = recipe.calibration
+    length = spec.sequence_length or min(2048, source.max_length)
+    if length > source.max_length:
+        raise PlanError(
+            f"calibration.sequence_length {length} is longer than the model's maximum {source.max_length}",
+            hint=f"Set it to {source.max_length} or less.",
+        )
+    samples = spec.samples if any(plan.needs_data for plan in plans) else 0
+    return Prepared(recipe, source, model, plans, estimate(model, plans, samples, length))
+
+
+def default_out(recipe: Recipe, source: ModelSource) -> Path:
+    """Return `<model name>-<recipe>` in the current folder."""
+    return Path.cwd() / f"{source.label}-{recipe.name}"
+
+
+def execute(
+    prepared: Prepared,
+    out: Path,
+    reporter: Reporter,
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    evaluation: bool = True,
+    command: Sequence[str] = (),
+) -> Outcome:
+    """Run a prepared recipe and commit the checkpoint to `out`.
+
+    Args:
+        prepared: The plan.
+        out: Output folder.
+        reporter: Told about every step.
+        overwrite: Replace a non-empty `out`.
+        resume: Go on with an interrupted run of the same recipe, model, data and versions; False discards it.
+        evaluation: Measure the pruned model against the dense one as the recipe says.
+        command: What the user typed, for the model card.
+
+    Raises:
+        SparsekitError: with what is wrong; `out` is then as it was.
+    """
+    start = time.perf_counter()
+    require_memory(prepared.cost)
+    fs.require_space(out, prepared.cost.disk_bytes, "the checkpoint")
+    blocks = _calibration(prepared, reporter) if prepared.needs_data else None
+    identity = _identity(prepared, blocks)
+    if is_finished(out, identity):
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        return Outcome(out, report, already_finished=True)
+    with StagedCheckpoint.open(out, identity, overwrite=overwrite, resume=resume) as staged:
+        results = _run_stages(prepared, blocks, staged, reporter, resume=resume)
+        _write_model_files(prepared, staged)
+        scores = _evaluate(prepared, staged.folder, reporter) if evaluation else None
+        missed = check(GatesSpec(**prepared.recipe.gates.model_dump()), scores) if scores else []
+        report = {
+            "schema": 1,
+            "run_id": staged.run_id,
+            "command": list(command),
+            "model": _describe_model(prepared),
+            "recipe": prepared.recipe.resolved(),
+            "calibration": _describe_blocks(blocks),
+            "stages": [_describe_stage(plan, result) for plan, result in zip(prepared.plans, results, strict=True)],
+            "bytes": {"source": prepared.source.weights.total_bytes, "output": _weights_bytes(staged.folder)},
+            "evaluation": scores.to_json() if scores else None,
+            "missed_gates": missed,
+            "seconds": round(time.perf_counter() - start, 2),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "tools": tools(),
+        }
+        written = pages(report, prepared.source.folder)
+        for name, data in written.items():
+            staged.write_file(name, data)
+        committed = staged.commit(
+            {"layout": "dense", "tools": tools(), "tensors": results[-1].tensors, "base": report["model"]},
+            volatile=written.keys(),  # they hold timings
+        )
+    for position in range(len(prepared.plans) - 1):
+        with _intermediate(out, staged.run_id, position, resume=resume) as work:
+            work.discard()
+    return Outcome(committed, report, tuple(missed))
+
+
+def tools() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {
+        "sparsekit": __version__,
+        **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+        "python": ".".join(map(str, sys.version_info[:3])),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def _calibration(prepared: Prepared, reporter: Reporter) -> TokenBlocks:
+    spec = TextSpec(**prepared.recipe.calibration.model_dump())
+    source = prepared.source
+    return load_blocks(
+        spec, source.tokenizer, model_max_length=source.max_length, part="calibration", reporter=reporter
+    )
+
+
+def _identity(prepared: Prepared, blocks: TokenBlocks | None) -> dict[str, Any]:
+    versions = tools()
+    del versions["python"]  # does not change a result
+    return {
+        "recipe": prepared.recipe.resolved(),
+        "model": prepared.source.identity(),
+        "calibration": blocks.fingerprint if blocks else None,
+        "versions": versions,
+    }
+
+
+def _run_stages(
+    prepared: Prepared, blocks: TokenBlocks | None, staged: StagedCheckpoint, reporter: Reporter, *, resume: bool
+) -> list[StageResult]:
+    """Run the stages in order; each reads its blocks from the shards of the one before.
+
+    Every stage but the last works in a folder of its own beside OUT, so that a killed run finds its shards again.
+    """
+    count = prepared.model.blocks + 1
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count)]
+    results = []
+    for position, plan in enumerate(prepared.plans):
+        samples = blocks.ids if blocks is not None and plan.needs_data else None
+        if position == len(prepared.plans) - 1:
+            results.append(prune_stage(prepared.model, plan, samples, staged, names, reporter))
+        else:
+            with _intermediate(staged.out, staged.run_id, position, resume=resume) as work:
+                results.append(prune_stage(prepared.model, plan, samples, work, names, reporter))
+    return results
+
+
+def _intermediate(out: Path, run_id: str, position: int, *, resume: bool) -> StagedCheckpoint:
+    folder = out.with_name(f"{out.name}.stage-{position}")
+    return StagedCheckpoint.open(folder, {"run": run_id, "stage": position}, overwrite=True, resume=resume)
+
+
+def _write_model_files(prepared: Prepared, staged: StagedCheckpoint) -> None:
+    """Write what makes the shards a model: the outer shard, index, config, recipe, side files of the source."""
+    model, source = prepared.model, prepared.source
+    count = model.blocks + 1
+    if staged.finished(OUTER) is None:
+        name = f"model-{count:05d}-of-{count:05d}.safetensors"
+        staged.write_shard(OUTER, name, checkpoint_tensors(model, None, {}), {})
+    staged.write_file("model.safetensors.index.json", _index(staged.folder))
+    staged.write_file("config.json", _config(prepared))
+    staged.write_file("recipe.yaml", dump_yaml(prepared.recipe.resolved()).encode())
+    for path in sorted(source.folder.iterdir()):
+        if path.is_file() and not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_SIDE_FILES):
+            staged.copy_file(path, path.name)
+
+
+def _index(folder: Path) -> bytes:
+    from sparsekit.checkpoint.safetensors_file import read_header
+
+    weight_map: dict[str, str] = {}
+    total = 0
+    for path in sorted(folder.glob("model-*.safetensors")):
+        for name, entry in read_header(path).tensors.items():
+            weight_map[name] = path.name
+            total += entry.end - entry.start
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _config(prepared: Prepared) -> bytes:
+    """Return the source's config.json, with the dtype the weights now have and a note of what was done.
+
+    A top-level key is inert in transformers and vLLM; one inside quantization_config would not be.
+    """
+    config = json.loads((prepared.source.folder / "config.json").read_text(encoding="utf-8"))
+    if prepared.source.cast:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(prepared.source.dtype).removeprefix("torch.")
+    stage = prepared.recipe.stages[-1]
+    config["sparsity_config"] = {
+        "tool": "sparsekit",
+        "recipe": prepared.recipe.name,
+        "method": stage.method,
+        "sparsity": stage.sparsity,
+        "pattern": stage.pattern,
+    }
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _evaluate(prepared: Prepared, folder: Path, reporter: Reporter) -> EvaluationReport:
+    """Measure the staged checkpoint against the dense model."""
+    spec = prepared.recipe.evaluate
+    source = prepared.source
+
+    def open_for_evaluation(name: str) -> tuple[Any, Any]:
+        opened = (
+            source
+            if name == source.name
+            else open_model(name, reporter, trust_remote_code=source.trust_remote_code)
+        )
+        return opened.load(), source.tokenizer
+
+    request = EvaluationRequest(
+        model=str(folder),
+        baseline=source.name,
+        text=TextSpec(source=spec.text, samples=spec.samples, sequence_length=spec.sequence_length),
+        tasks=spec.tasks,
+        open_model=open_for_evaluation,
+        reporter=reporter,
+    )
+    return evaluate(request)
+
+
+def _describe_model(prepared: Prepared) -> dict[str, Any]:
+    source = prepared.source
+    return {
+        "name": source.name,
+        "label": source.label,
+        "revision": source.revision,
+        "model_type": source.config.model_type,
+        "blocks": prepared.model.blocks,
+        **source.identity(),
+    }
+
+
+def _describe_blocks(blocks: TokenBlocks | None) -> dict[str, Any] | None:
+    if blocks is None:
+        return None
+    samples, length = blocks.ids.shape
+    return {
+        "source": blocks.source,
+        "samples": samples,
+        "sequence_length": length,
+        "tokens": samples * length,
+        "fingerprint": blocks.fingerprint,
+    }
+
+
+def _describe_stage(plan: StagePlan, result: StageResult) -> dict[str, Any]:
+    kept = sum(int(facts["kept"]) for facts in result.linears.values())
+    if kept != plan.budget:
+        raise CheckpointError(f"{kept} weights are kept in all linears together, the budget is {plan.budget}")
+    return {
+        "method": plan.stage.method,
+        "options": plan.stage.method_options().model_dump(mode="json"),
+        "allocate": plan.stage.allocator()[0],
+        "pattern": str(plan.pattern),
+        "sparsity": plan.stage.sparsity,
+        "achieved_sparsity": 1 - kept / plan.numel,
+        "kept": kept,
+        "numel": plan.numel,
+        "coverage": plan.coverage,
+        "ignored": list(plan.ignored),
+        "linears": result.linears,
+        "notes": result.notes,
+        "resumed_blocks": result.resumed,
+    }
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -1,0 +1,220 @@
+"""The one block walker: load a block, look at its inputs, let a visitor change it, propagate, release.
+
+Everything that methods share happens here: capturing inputs, hooks, propagation, finite checks. One sample at a time
+goes through a block, so results cannot depend on a batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sparsekit import registry
+from sparsekit.contracts import Stat
+from sparsekit.errors import NonFinite, SparsekitError
+from sparsekit.lazy import torch
+from sparsekit.models.capture import Call, capture, run_block
+from sparsekit.models.lazy_model import LazyModel
+from sparsekit.models.linears import Linear, tap_inputs
+from sparsekit.progress import Reporter
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Propagate = Literal["block", "none"]
+"""`block`: each block sees the outputs of changed earlier blocks. `none`: dense inputs everywhere."""
+
+EXPERT_MIN_TOKENS = 64
+"""An expert that saw fewer tokens borrows the missing ones from the statistic pooled over its siblings."""
+
+
+class Visit:
+    """One block while it is loaded."""
+
+    def __init__(self, walk: _Walk, index: int, block: nn.Module) -> None:
+        self.index = index
+        self.block = block
+        self.linears: list[Linear] = walk.model.stack.linears(index)
+        self.notes: list[str] = []
+        self._walk = walk
+
+    def collect(self, linears: Collection[Linear], needs: frozenset[str]) -> dict[str, dict[str, Stat]]:
+        """Run the block once on all samples; return {linear name: {statistic name: statistic}}.
+
+        Linears that receive the same tensor share one statistic.
+        """
+        if not needs:
+            return {linear.name: {} for linear in linears}
+        return self._walk.collect(self, list(linears), needs)
+
+    def adopt(self, shard: Path) -> None:
+        """Take this block's tensors from a shard written earlier."""
+        self._walk.model.release_block(self.index)
+        self._walk.model.redirect(self.index, shard)
+        self._walk.model.load_block(self.index)
+
+
+def walk(
+    model: LazyModel,
+    samples: Tensor | None,
+    reporter: Reporter,
+    *,
+    propagate: Propagate = "block",
+    task: str = "blocks",
+) -> Iterator[Visit]:
+    """Visit every block in order; what the visitor changes is what later blocks see.
+
+    Args:
+        model: Nothing needs to be loaded.
+        samples: ids [samples, sequence_length], or None when nobody will ask for statistics.
+        reporter: Told about every block.
+        propagate: What the inputs of a block are made by.
+        task: Name of the step in the progress display.
+    """
+    yield from _Walk(model, samples, reporter, propagate, task).run()
+
+
+class _Walk:
+    def __init__(
+        self, model: LazyModel, samples: Tensor | None, reporter: Reporter, propagate: Propagate, task: str
+    ) -> None:
+        self.model = model
+        self.samples = samples
+        self.reporter = reporter
+        self.propagate = propagate
+        self.task = task
+        self.hidden: list[Tensor] = []
+        self.calls: list[list[Call]] = []
+        self.propagated = False
+
+    def run(self) -> Iterator[Visit]:
+        if self.samples is not None:
+            self._capture(self.samples)
+        self.reporter.start(self.task, self.model.blocks, "blocks")
+        try:
+            for index in range(self.model.blocks):
+                visit = Visit(self, index, self.model.load_block(index))
+                self.propagated = False
+                yield visit
+                if self.samples is not None and not self.propagated and index + 1 < self.model.blocks:
+                    self._forward(visit, keep=True)
+                if self.calls:
+                    self.calls[index] = []
+                self.model.release_block(index)
+                self.reporter.advance(self.task)
+        finally:
+            self.reporter.finish(self.task)
+
+    def _capture(self, samples: Tensor) -> None:
+        self.model.load_outer()
+        self.model.load_block(0)
+        step = f"{self.task}: capture inputs"
+        self.reporter.start(step, len(samples), "samples")
+        self.hidden, self.calls = capture(self.model, samples, lambda: self.reporter.advance(step))
+        self.reporter.finish(step)
+        self.model.release_block(0)
+        self.model.release_outer()
+        for sample, states in enumerate(self.hidden):
+            _refuse_nonfinite(states, "embeddings", sample)
+
+    def collect(self, visit: Visit, linears: list[Linear], needs: frozenset[str]) -> dict[str, dict[str, Stat]]:
+        if self.samples is None:
+            raise SparsekitError("statistics asked for in a walk without samples")
+        collector = _Collector(linears, needs)
+        handles = tap_inputs(linears, collector.tap)
+        try:
+            self._forward(visit, keep=self.propagate == "none", collector=collector)
+        finally:
+            for handle in handles:
+                handle.remove()
+        stats, notes = collector.finish()
+        visit.notes.extend(notes)
+        return stats
+
+    def _forward(self, visit: Visit, *, keep: bool, collector: _Collector | None = None) -> None:
+        """Run the block on every sample; with `keep` its outputs become the next block's inputs."""
+        where = self.model.stack.prefix(visit.index)
+        for sample, call in enumerate(self.calls[visit.index]):
+            if collector:
+                collector.begin(sample)
+            out = run_block(visit.block, self.hidden[sample], call)
+            if out.shape != self.hidden[sample].shape:
+                raise SparsekitError(f"block returned {list(out.shape)}, got {list(self.hidden[sample].shape)}", where=where)
+            if keep:
+                _refuse_nonfinite(out, where, sample)
+                self.hidden[sample] = out
+        self.propagated = self.propagated or keep
+
+
+class _Collector:
+    """Feeds inputs to statistics, once per distinct input tensor."""
+
+    def __init__(self, linears: list[Linear], needs: frozenset[str]) -> None:
+        self._linears = {linear.name: linear for linear in linears}
+        self._classes: Mapping[str, type[Stat]] = {name: registry.load("stats", name) for name in sorted(needs)}
+        self._stats: dict[str, dict[str, Stat]] = {}
+        self._leader: dict[str, str] = {}  # linear -> the linear whose statistic it shares
+        self._inputs: dict[str, Tensor] = {}  # this sample's inputs; holding them keeps their addresses unique
+        self._sample = 0
+
+    def begin(self, sample: int) -> None:
+        self._sample = sample
+        self._inputs = {}
+
+    def tap(self, name: str, x: Tensor) -> None:
+        shared = next((other for other, seen in self._inputs.items() if seen is x), None)
+        leader = self._leader.setdefault(name, shared or name)
+        if leader != (shared or name):
+            raise SparsekitError("linears that shared an input in one sample do not in the next", where=name)
+        if shared:
+            return
+        self._inputs[name] = x
+        rows = x.reshape(-1, x.shape[-1])
+        _refuse_nonfinite(rows, name, self._sample)
+        rows = rows.to(torch.float32)
+        for stat in self._own(name).values():
+            stat.update(rows)
+
+    def finish(self) -> tuple[dict[str, dict[str, Stat]], list[str]]:
+        notes = self._fill_starved_experts()
+        return {name: self._own(self._leader.get(name, name)) for name in self._linears}, notes
+
+    def _own(self, name: str) -> dict[str, Stat]:
+        if name not in self._stats:
+            width = self._linears[name].info.in_features
+            self._stats[name] = {key: cls(width) for key, cls in self._classes.items()}
+        return self._stats[name]
+
+    def _fill_starved_experts(self) -> list[str]:
+        """Add pseudo-tokens of the pooled mean to experts that saw too few tokens: unseen is not dead."""
+        notes = []
+        groups: dict[tuple[int, str], list[str]] = {}
+        for name, linear in self._linears.items():
+            if linear.expert is not None:
+                groups.setdefault((id(linear.module), linear.parameter), []).append(name)
+        for names in groups.values():
+            for key, cls in self._classes.items():
+                pooled = cls(self._linears[names[0]].info.in_features)
+                for name in names:
+                    pooled.merge(self._own(name)[key])
+                for name in names:
+                    stat = self._own(name)[key]
+                    missing = EXPERT_MIN_TOKENS - stat.tokens
+                    if missing > 0 and pooled.tokens:
+                        notes.append(f"{name}: {stat.tokens} tokens, {key} filled up with the mean over all experts")
+                        stat.merge(pooled, missing / pooled.tokens)
+        return notes
+
+
+def _refuse_nonfinite(x: Tensor, where: str, sample: int) -> None:
+    if bool(torch.isfinite(x).all()):
+        return
+    rows = x.reshape(-1, x.shape[-1])
+    bad = (~torch.isfinite(rows)).any(dim=1)
+    kind = "NaN" if bool(torch.isnan(rows).any()) else "infinite"
+    raise NonFinite(
+        f"{int(bad.sum())} of {len(bad)} activation rows are {kind} (sample {sample}, first at token {int(bad.nonzero()[0])})",
+        where=where,
+        hint="Check that sample, set another calibration source, or run with --dtype fp32.",
+    )
