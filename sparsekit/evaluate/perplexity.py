@@ -1,8 +1,8 @@
 """Perplexity of a model on blocks of tokens.
 
 Every token of a block but its first is predicted from the tokens before it in the block. Losses are negative
-log likelihoods in nats: log-softmax in float32, sums in float64. The standard error comes from the mean losses
-of the blocks, which are independent draws as far as tokens of one text can be.
+log likelihoods in nats: log-softmax in float32, sums in float64. The standard error comes from the mean
+losses of the blocks, which are independent draws as far as tokens of one text can be.
 """
 
 from __future__ import annotations
