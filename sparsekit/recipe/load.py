@@ -130,7 +130,7 @@ def _parent(extends: Node, child: _File) -> _File:
     if (shown := trees.shown(target)) and target.is_file():
         return _File(target, shown, None)
     if child.root is not None and target.is_relative_to(child.root) and target.is_file():
-        return _File(target, str(child.path.parent / text), child.root)
+        return _File(target, str(Path(child.shown).parent / text), child.root)
     if child.root is not None and text.startswith("configs/"):
         packaged = _absent_is_fine(trees.configs.parent / text)
         if (shown := trees.shown(packaged)) and packaged.is_file():
@@ -154,7 +154,10 @@ def _absent_is_fine(path: Path) -> Path:
 
 def _near_config(text: str) -> str:
     configs = catalog.trees().configs
-    names = [f"configs/{path.relative_to(configs).as_posix()}" for path in sorted(configs.rglob("*.yaml"))]
+    files = sorted(path.relative_to(configs) for path in configs.rglob("*.yaml"))
+    names = [
+        f"configs/{path.as_posix()}" for path in files if path.parent.name != "tasks"
+    ]  # those are lm-eval's
     known = [name for name in names if PurePosixPath(name).name == PurePosixPath(text).name]
     guess = known[0] if known else near(text.lstrip("./"), names)
     return f"; did you mean {guess!r}?" if guess else f"; shipped configs: {', '.join(names)}"

@@ -46,7 +46,8 @@ def raise_all(problems: list[Problem]) -> None:
     if not problems:
         return
     ordered = sorted(
-        set(problems), key=lambda item: (item.mark.source, item.mark.line or 0, item.mark.column or 0)
+        dict.fromkeys(problems),
+        key=lambda item: (item.mark.source, item.mark.line or 0, item.mark.column or 0),
     )
     if len(ordered) == 1:
         raise RecipeSchemaError(ordered[0].message, where=str(ordered[0].mark))
