@@ -144,9 +144,7 @@ def _expected(error: BaseException) -> SparsekitError | None:
     if isinstance(error, OSError):
         where = str(error.filename) if error.filename else None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return DiskFull(
-                "no space left", where=where, hint="Free some space, then run the same command again."
-            )
+            return DiskFull("no space left", where=where, hint="Free some space, then run the same command again.")
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return PermissionRefused(str(error.strerror), where=where, hint="Check its permissions.")
     return None
@@ -186,8 +184,6 @@ def _stop_on_signals() -> None:
         raise KeyboardInterrupt
 
     # a signal that the parent ignores (nohup, a job in the background) stays ignored
-    watched = [
-        known for known in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(known) is not signal.SIG_IGN
-    ]
+    watched = [known for known in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(known) is not signal.SIG_IGN]
     for known in watched:
         signal.signal(known, first)

@@ -87,9 +87,7 @@ def _cpuinfo(key: str) -> str | None:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
         return None
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), None
-    )
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), None)
 
 
 def _cpu_flags() -> list[str]:
@@ -157,8 +155,7 @@ def _extras() -> dict[str, str]:
 
 def _problems(found: dict[str, Any]) -> list[str]:
     problems = [
-        f"{requirement.split()[0]} is needed and missing; install sparsekit again"
-        for requirement in _missing()
+        f"{requirement.split()[0]} is needed and missing; install sparsekit again" for requirement in _missing()
     ]
     if not found["torch"]["imports"]:
         problems.append(f"torch does not import ({found['torch']['why']}); install it again")

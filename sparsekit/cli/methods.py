@@ -35,9 +35,7 @@ def methods(
     elif name is not None:
         render.emit("\n\n".join(_page(method) for method in found))
     else:
-        rows = [
-            [m["name"], m["kind"], m["summary"], ", ".join(m["needs"]) or "-", m["source"]] for m in found
-        ]
+        rows = [[m["name"], m["kind"], m["summary"], ", ".join(m["needs"]) or "-", m["source"]] for m in found]
         render.emit(render.table(["method", "kind", "what it does", "needs", "from"], rows))
         render.emit("\nOne method in full: sparsekit methods NAME")
 
@@ -75,17 +73,14 @@ def _options(method: type[Any]) -> list[dict[str, Any]]:
         return []
     properties = method.options_type.model_json_schema().get("properties", {})
     return [
-        {"key": key, "accepts": accepts(schema), "default": schema.get("default")}
-        for key, schema in properties.items()
+        {"key": key, "accepts": accepts(schema), "default": schema.get("default")} for key, schema in properties.items()
     ]
 
 
 def _wrapped(text: str) -> str:
     """Return a docstring fitted to the terminal: a headed section or paragraph is wrapped as one."""
     sections = re.split(r"\n(?=[A-Z][A-Za-z ]+:|\n)", text)
-    return "\n".join(
-        textwrap.fill(" ".join(part.split()), render.WIDTH, subsequent_indent="    ") for part in sections
-    )
+    return "\n".join(textwrap.fill(" ".join(part.split()), render.WIDTH, subsequent_indent="    ") for part in sections)
 
 
 def _page(method: dict[str, Any]) -> str:

@@ -13,21 +13,17 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only: no progress.")]
 Verbose = Annotated[
-    int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Log more; -vv logs all.")
+    int, typer.Option("--verbose", "-v", count=True, metavar="", show_default=False, help="Log more; -vv logs all.")
 ]
 
-RecipeName = Annotated[
-    str, typer.Option("--recipe", "-r", metavar="NAME|FILE", help="Shipped recipe, or a YAML file.")
-]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", metavar="NAME|FILE", help="Shipped recipe, or a YAML file.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a recipe key: stages.0.sparsity=0.6. Repeatable."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key: stages.0.sparsity=0.6. Repeatable."),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="auto, bf16, fp16 or fp32.")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the recipe's seed.")]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Instead of the recipe's seed.")]
 Revision = Annotated[
     str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
 ]

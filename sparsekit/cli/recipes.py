@@ -36,9 +36,7 @@ def list_recipes(json: Json = False) -> None:
 
     found = catalog.shipped()
     if json:
-        rows = [
-            {"name": info.name, "description": info.description, "path": str(info.path)} for info in found
-        ]
+        rows = [{"name": info.name, "description": info.description, "path": str(info.path)} for info in found]
         render.emit_json({"recipes": rows})
         return
     render.emit(render.table(["recipe", "what it does"], [[info.name, info.description] for info in found]))

@@ -50,7 +50,7 @@ def table(
         width: Characters per line; the widest columns wrap to keep it.
     """
     cells = [[printable(cell) for cell in row] for row in [headers, *rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
+    widths = [max(1, *(len(row[column]) for row in cells)) for column in range(len(headers))]
     spare = width - 2 * (len(widths) - 1)
     while sum(widths) > spare and max(widths) > 8:
         widths[widths.index(max(widths))] -= 1
@@ -201,11 +201,7 @@ class LineReporter:
     def finish(self, task: str) -> None:
         """Print how much was done in what time."""
         step = self._tasks.pop(task)
-        done = (
-            f"{step.done} {step.unit}"
-            if step.done == step.total
-            else _amount(step.done, step.total, step.unit)
-        )
+        done = f"{step.done} {step.unit}" if step.done == step.total else _amount(step.done, step.total, step.unit)
         self.note(f"{task}: {done} in {seconds_text(self._clock() - step.started_at)}")
 
     def note(self, text: str) -> None:

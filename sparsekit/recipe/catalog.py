@@ -82,10 +82,7 @@ def json_schema() -> dict[str, Any]:
     allocators = registry.names("allocate")
     mappings = [_reference(definitions, allocate_model(name), name) for name in allocators]
     allocate = {"anyOf": [{"enum": list(allocators)}, *mappings], "description": "allocator"}
-    stages = [
-        _reference(definitions, stage_model(name), name, allocate=allocate)
-        for name in registry.names("pruners")
-    ]
+    stages = [_reference(definitions, stage_model(name), name, allocate=allocate) for name in registry.names("pruners")]
     properties = schema["properties"]
     properties["stages"]["items"] = {"anyOf": stages}
     properties["extends"] = {

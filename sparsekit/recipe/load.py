@@ -120,9 +120,7 @@ def _shipped(name: str, where: Mark | None = None) -> _File:
 def _parent(extends: Node, child: _File) -> _File:
     text = extends.value
     if not isinstance(text, str) or not text:
-        raise RecipeSchemaError(
-            "extends: must be the name or path of one parent recipe", where=str(extends.mark)
-        )
+        raise RecipeSchemaError("extends: must be the name or path of one parent recipe", where=str(extends.mark))
     if _is_shipped_name(text):
         return _shipped(text, extends.mark)
     trees = catalog.trees()
@@ -143,9 +141,7 @@ def _parent(extends: Node, child: _File) -> _File:
             where=str(extends.mark),
             hint="Extend a file beside or below the recipe, or a shipped recipe or configs/ file by name.",
         )
-    raise RecipeReferenceError(
-        f"extends: there is no file {text!r}" + _near_config(text), where=str(extends.mark)
-    )
+    raise RecipeReferenceError(f"extends: there is no file {text!r}" + _near_config(text), where=str(extends.mark))
 
 
 def _absent_is_fine(path: Path) -> Path:
@@ -155,9 +151,7 @@ def _absent_is_fine(path: Path) -> Path:
 def _near_config(text: str) -> str:
     configs = catalog.trees().configs
     files = sorted(path.relative_to(configs) for path in configs.rglob("*.yaml"))
-    names = [
-        f"configs/{path.as_posix()}" for path in files if path.parent.name != "tasks"
-    ]  # those are lm-eval's
+    names = [f"configs/{path.as_posix()}" for path in files if path.parent.name != "tasks"]  # those are lm-eval's
     known = [name for name in names if PurePosixPath(name).name == PurePosixPath(text).name]
     guess = known[0] if known else near(text.lstrip("./"), names)
     return f"; did you mean {guess!r}?" if guess else f"; shipped configs: {', '.join(names)}"
@@ -174,9 +168,7 @@ def _chain(file: _File) -> Node:
         if parent.path.resolve() in seen:
             raise RecipeReferenceError(f"extends: {parent.shown} extends itself", where=str(extends.mark))
         if len(seen) > MAX_PARENTS:
-            raise RecipeReferenceError(
-                f"extends: more than {MAX_PARENTS} parents in a row", where=str(extends.mark)
-            )
+            raise RecipeReferenceError(f"extends: more than {MAX_PARENTS} parents in a row", where=str(extends.mark))
         seen.add(parent.path.resolve())
         inherited = _read(parent)
         child, extends = parent, inherited.child("extends")
@@ -221,9 +213,7 @@ def _override(tree: Node, override: str) -> Node:
         )
     mark = Mark(f"--set {path}")
     if path.split(".")[0] in ("extends", "sparsekit"):
-        raise RecipeReferenceError(
-            f"{path} cannot be overridden", where=str(mark), hint="Write a recipe file."
-        )
+        raise RecipeReferenceError(f"{path} cannot be overridden", where=str(mark), hint="Write a recipe file.")
     return _put(tree, path.split("."), [], _override_value(text.strip(), mark), mark)
 
 

@@ -109,9 +109,7 @@ def _bad_value(path: Path, item: Any, data: Data, root: Node) -> Problem:
     if item["type"] in _OWN_TEXT or not accepted:
         return Problem(mark, dotted(path), item["msg"])
     value = _at(path, data)
-    guess = (
-        near(value, [str(choice) for choice in schema.get("enum", [])]) if isinstance(value, str) else None
-    )
+    guess = near(value, [str(choice) for choice in schema.get("enum", [])]) if isinstance(value, str) else None
     advice = f"; did you mean {guess!r}?" if guess else ""
     return Problem(mark, dotted(path), f"must be {accepted}, got {_shown(value)}{advice}")
 
@@ -149,9 +147,7 @@ def _range(schema: dict[str, Any]) -> str:
         for word, bound in (("of at least", low), ("above", above), ("of at most", high), ("below", below))
         if bound is not None
     ]
-    return "".join(
-        f" {word}" if number == 0 else f" and {word}" for number, word in enumerate(filter(None, words))
-    )
+    return "".join(f" {word}" if number == 0 else f" and {word}" for number, word in enumerate(filter(None, words)))
 
 
 def dotted(path: Path) -> str:
@@ -221,9 +217,7 @@ def _step(here: Any, step: str | int) -> Any:
 
 def _joined_schema(here: Any, base: type[BaseModel]) -> dict[str, Any]:
     room, joined = ("pruners", stage_model) if base is PruneStage else ("allocate", allocate_model)
-    method = (
-        here.get("method", "uniform" if base is AllocateSpec else None) if isinstance(here, dict) else None
-    )
+    method = here.get("method", "uniform" if base is AllocateSpec else None) if isinstance(here, dict) else None
     if isinstance(method, str) and method in registry.names(room):
         return joined(method).model_json_schema()
     return base.model_json_schema()

@@ -72,18 +72,14 @@ class PruneStage(Section):
     method: str = Field(description="name of a pruner")
     sparsity: float = Field(ge=0, le=1, description="fraction of zeros; implied by an N:M pattern")
     pattern: str = Field(default="unstructured", description="unstructured, N:M (keep N of M) or RxC blocks")
-    allocate: Annotated[SerializeAsAny[AllocateSpec], PlainValidator(lambda value: _allocation(value))] = (
-        Field(
-            default_factory=lambda: _allocation("uniform"),
-            description="allocator: a name, or method and options",
-        )
+    allocate: Annotated[SerializeAsAny[AllocateSpec], PlainValidator(lambda value: _allocation(value))] = Field(
+        default_factory=lambda: _allocation("uniform"),
+        description="allocator: a name, or method and options",
     )
     targets: tuple[str, ...] = Field(
         default=(), description="globs or re:... over dotted linear names; empty: every linear in the blocks"
     )
-    ignore: tuple[str, ...] = Field(
-        default=(), description="globs or re:... over dotted linear names to leave dense"
-    )
+    ignore: tuple[str, ...] = Field(default=(), description="globs or re:... over dotted linear names to leave dense")
     propagate: Literal["block", "none"] = Field(
         default="block", description="block: later blocks see pruned activations; none: dense activations"
     )
@@ -165,9 +161,7 @@ class EvaluateSpec(Section):
 class Gates(Section):
     """Least quality; a miss ends the command with exit code 6."""
 
-    max_perplexity_ratio: float | None = Field(
-        default=None, gt=0, description="highest pruned / dense perplexity"
-    )
+    max_perplexity_ratio: float | None = Field(default=None, gt=0, description="highest pruned / dense perplexity")
     max_kl: float | None = Field(
         default=None, ge=0, description="highest KL divergence to the dense model, nats per token"
     )
@@ -190,8 +184,8 @@ class Recipe(Section):
     name: str = Field(pattern=_NAME, description="letters, digits, dot, dash and underscore, at most 64")
     description: str = Field(min_length=1, max_length=100, pattern=r"^[^\n]*$", description="one line")
     calibration: CalibrationSpec = CalibrationSpec()
-    stages: tuple[Annotated[SerializeAsAny[PruneStage], PlainValidator(lambda value: _stage(value))], ...] = (
-        Field(min_length=1, description="what is done to the model, in order")
+    stages: tuple[Annotated[SerializeAsAny[PruneStage], PlainValidator(lambda value: _stage(value))], ...] = Field(
+        min_length=1, description="what is done to the model, in order"
     )
     save: SaveSpec = SaveSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
@@ -233,9 +227,7 @@ def near(word: str, choices: Iterable[str]) -> str | None:
 
 def _joined(base: type[Any], room: str, method: str) -> type[Any]:
     options = registry.load(room, method).options_type
-    if clash := sorted(
-        name for name in options.model_fields if hasattr(base, name) or name in base.model_fields
-    ):
+    if clash := sorted(name for name in options.model_fields if hasattr(base, name) or name in base.model_fields):
         raise PluginBroken(
             f"{registry.ROOMS[room][0]} {method!r} of {registry.source(room, method)} has an option "
             f"{clash[0]!r}, which is a key of every stage",
@@ -273,9 +265,7 @@ def _allocation(value: Any) -> AllocateSpec:
     if isinstance(value, AllocateSpec):
         value = value.model_dump(mode="json")
     if not isinstance(value, str | dict):
-        raise PydanticCustomError(
-            "kind", "must be an allocator's name, or a mapping with method and its options"
-        )
+        raise PydanticCustomError("kind", "must be an allocator's name, or a mapping with method and its options")
     raw = {"method": value} if isinstance(value, str) else {"method": "uniform", **value}
     try:
         return _with_method(raw, AllocateSpec, allocate_model)  # type: ignore[no-any-return]
@@ -305,9 +295,7 @@ def _with_method(raw: Any, base: type[Any], joined: Any) -> Any:
 
 def _shared_keys_only(raw: dict[str, Any], base: type[Any], problems: list[InitErrorDetails]) -> Any:
     """Report what is wrong in any case; a key unlike the shared ones may be the unknown method's option."""
-    known = {
-        key: value for key, value in raw.items() if key in base.model_fields or near(key, base.model_fields)
-    }
+    known = {key: value for key, value in raw.items() if key in base.model_fields or near(key, base.model_fields)}
     try:
         base.model_validate_json(json.dumps(known))
     except ValidationError as error:
@@ -331,9 +319,7 @@ def _errors(model: type[BaseModel], problems: list[InitErrorDetails]) -> Validat
 def _selector(entry: str) -> re.Pattern[str]:
     try:
         if not entry:
-            raise ValueError(
-                "an entry is empty; write a glob such as *.mlp.* or re: and a regular expression"
-            )
+            raise ValueError("an entry is empty; write a glob such as *.mlp.* or re: and a regular expression")
         return re.compile(entry[3:] if entry.startswith("re:") else fnmatch.translate(entry))
     except re.error as error:
         raise ValueError(f"{entry!r} is not a regular expression: {error}") from error

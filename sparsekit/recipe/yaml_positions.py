@@ -97,9 +97,7 @@ def read_file(path: Path, shown: str | None = None) -> Node:
     shown = shown or str(path)
     try:
         if path.exists() and not path.is_file():
-            raise RecipeReferenceError(
-                "is not a regular file", where=shown, hint="Name a recipe or a YAML file."
-            )
+            raise RecipeReferenceError("is not a regular file", where=shown, hint="Name a recipe or a YAML file.")
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except PermissionError as error:
@@ -212,9 +210,7 @@ class _Events:
     def next(self) -> Event:
         event = next(self._events)
         if isinstance(event, AliasEvent) or (isinstance(event, NodeEvent) and event.anchor is not None):
-            raise self.fail(
-                event, "anchors and aliases are not allowed", "Put text that begins with * or & in quotes."
-            )
+            raise self.fail(event, "anchors and aliases are not allowed", "Put text that begins with * or & in quotes.")
         if tag := getattr(event, "tag", None):
             raise self.fail(
                 event,
@@ -235,9 +231,7 @@ def _document(events: _Events) -> Node:
     node = _node(events, events.next(), 0)
     events.next()  # end of the document
     if not isinstance(extra := events.next(), StreamEndEvent):
-        raise events.fail(
-            extra, "a second document begins here; a recipe is one", "Remove it and the --- line."
-        )
+        raise events.fail(extra, "a second document begins here; a recipe is one", "Remove it and the --- line.")
     if not isinstance(node.value, dict):
         raise RecipeSyntaxError("a recipe is a mapping of keys to values", where=str(node.mark))
     return node
@@ -265,9 +259,7 @@ def _mapping(events: _Events, depth: int) -> dict[str, Node]:
         mark = events.mark(event)
         if key in found:
             first = found[key].key
-            raise events.fail(
-                event, f"key {key!r} appears twice; first on line {first.line if first else '?'}"
-            )
+            raise events.fail(event, f"key {key!r} appears twice; first on line {first.line if first else '?'}")
         found[key] = replace(_node(events, events.next(), depth + 1), key=mark)
     return found
 

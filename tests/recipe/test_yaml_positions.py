@@ -123,25 +123,19 @@ def test_plain_values(text: str, value: object) -> None:
     assert type(node["a"]) is type(value)
 
 
-@given(
-    st.binary(max_size=200) | st.text(alphabet="ab:-[]{}&*!|>'\"#% \n\t,?~.0", max_size=60).map(str.encode)
-)
+@given(st.binary(max_size=200) | st.text(alphabet="ab:-[]{}&*!|>'\"#% \n\t,?~.0", max_size=60).map(str.encode))
 def test_any_bytes_are_data_or_one_line_with_a_position(content: bytes) -> None:
     try:
         data = parse(content, "f").data()
     except RecipeSyntaxError as error:
         refusal = str(error)
-        assert (refusal[:2], refusal.count("\n")) == ("f:", 0)  # noqa: PT017  (data is as good an end)
+        assert (refusal[:2], refusal.count("\n")) == ("f:", 0)
     else:
         assert isinstance(data, dict)
 
 
-_TEXT = st.text(max_size=12).filter(
-    lambda text: all(c >= " " and not "\x7f" <= c <= "\x9f" for c in text)
-) | (
-    st.sampled_from(
-        ["1e5", "2:4", "no", "null", "~", "", "0.5", ".inf", "*x", "&x", "- a", "a: b", "#", "1e999"]
-    )
+_TEXT = st.text(max_size=12).filter(lambda text: all(c >= " " and not "\x7f" <= c <= "\x9f" for c in text)) | (
+    st.sampled_from(["1e5", "2:4", "no", "null", "~", "", "0.5", ".inf", "*x", "&x", "- a", "a: b", "#", "1e999"])
 )
 _DATA = st.recursive(
     st.none()
