@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sparsekit import __version__, fs
-from sparsekit.checkpoint.staging import StagedCheckpoint, is_finished
+from sparsekit.checkpoint.staging import StagedCheckpoint, is_finished, recover
+from sparsekit.contracts import AllocationContext
 from sparsekit.data.blocks import load_blocks
 from sparsekit.data.documents import TextSpec
 from sparsekit.data.packing import TokenBlocks
@@ -23,7 +25,7 @@ from sparsekit.evaluate.evaluation import EvaluationReport, EvaluationRequest, e
 from sparsekit.evaluate.gates import GatesSpec, check
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.source import ModelSource, open_model
-from sparsekit.plan import Cost, StagePlan, estimate, plan_stage, require_memory
+from sparsekit.plan import Cost, StagePlan, allocate, estimate, plan_stage, require_memory
 from sparsekit.progress import Reporter
 from sparsekit.prune import StageResult, checkpoint_tensors, prune_stage
 from sparsekit.recipe.load import dump_yaml
@@ -64,12 +66,14 @@ class Outcome:
     Attributes:
         out: The committed checkpoint.
         report: Content of report.json.
+        evaluation: What was measured, None when nothing was.
         missed_gates: Quality gates that were not met, in words.
         already_finished: The checkpoint was there, made by exactly this run; nothing was done.
     """
 
     out: Path
     report: dict[str, Any]
+    evaluation: EvaluationReport | None = None
     missed_gates: tuple[str, ...] = ()
     already_finished: bool = False
 
@@ -127,8 +131,9 @@ def execute(
     blocks = _calibration(prepared, reporter) if prepared.needs_data else None
     identity = _identity(prepared, blocks)
     if is_finished(out, identity):
+        recover(out)  # a run killed right after its commit left its journal
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        return Outcome(out, report, already_finished=True)
+        return Outcome(out, report, missed_gates=tuple(report["missed_gates"]), already_finished=True)
     with StagedCheckpoint.open(out, identity, overwrite=overwrite, resume=resume) as staged:
         results = _run_stages(prepared, blocks, staged, reporter, resume=resume)
         _write_model_files(prepared, staged)
@@ -159,7 +164,60 @@ def execute(
     for position in range(len(prepared.plans) - 1):
         with _intermediate(out, staged.run_id, position, resume=resume) as work:
             work.discard()
-    return Outcome(committed, report, tuple(missed))
+    return Outcome(committed, report, scores, tuple(missed))
+
+
+def describe_plan(prepared: Prepared, out: Path) -> dict[str, Any]:
+    """Return what `execute` would do, as JSON values: per stage and kind of linear, with the cost.
+
+    Budgets of an allocator that looks at the model first are known only when it runs; its kinds show the average.
+    """
+    return {
+        "model": prepared.source.name,
+        "recipe": prepared.recipe.name,
+        "out": str(out),
+        "blocks": prepared.model.blocks,
+        "stages": [_describe_plan(prepared.model, plan) for plan in prepared.plans],
+        "cost": asdict(prepared.cost),
+    }
+
+
+def _describe_plan(model: LazyModel, plan: StagePlan) -> dict[str, Any]:
+    share = plan.budget / plan.numel
+    budgets = {linear.name: share * linear.numel for linear in plan.targets}
+    if not plan.allocator.looks:
+        budgets |= allocate(plan, AllocationContext(plan.targets, plan.pattern, lambda needs: iter(())))
+    kinds: dict[tuple[str, int, int], list[float]] = {}
+    for linear in plan.targets:
+        kind = linear.name.removeprefix(f"{model.stack.prefix(linear.block)}.")
+        kind = re.sub(r"\.\d+\.", ".*.", kind)  # experts of one layer are one kind
+        key = (kind, linear.out_features, linear.in_features)
+        kinds.setdefault(key, []).append(1 - budgets[linear.name] / linear.numel)
+    return {
+        "method": plan.stage.method,
+        "allocate": plan.stage.allocator()[0],
+        "pattern": str(plan.pattern),
+        "sparsity": plan.stage.sparsity,
+        "targets": len(plan.targets),
+        "ignored": list(plan.ignored),
+        "coverage": plan.coverage,
+        "kept": plan.budget,
+        "numel": plan.numel,
+        "linears": {
+            linear.name: {"shape": [linear.out_features, linear.in_features], "kept": round(budgets[linear.name])}
+            for linear in plan.targets
+        },
+        "kinds": [
+            {
+                "kind": kind,
+                "shape": [rows, columns],
+                "count": len(sparsities),
+                "pattern": str(plan.pattern),
+                "sparsity_range": [min(sparsities), max(sparsities)],
+            }
+            for (kind, rows, columns), sparsities in kinds.items()
+        ],
+    }
 
 
 def tools() -> dict[str, str]:

@@ -213,8 +213,9 @@ def _refuse_nonfinite(x: Tensor, where: str, sample: int) -> None:
     rows = x.reshape(-1, x.shape[-1])
     bad = (~torch.isfinite(rows)).any(dim=1)
     kind = "NaN" if bool(torch.isnan(rows).any()) else "infinite"
+    first = int(bad.nonzero()[0])
     raise NonFinite(
-        f"{int(bad.sum())} of {len(bad)} activation rows are {kind} (sample {sample}, first at token {int(bad.nonzero()[0])})",
+        f"{int(bad.sum())} of {len(bad)} activation rows are {kind} (sample {sample}, first at token {first})",
         where=where,
         hint="Check that sample, set another calibration source, or run with --dtype fp32.",
     )

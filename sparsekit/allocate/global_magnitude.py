@@ -43,13 +43,13 @@ class GlobalMagnitude(Allocator[GlobalMagnitudeOptions]):
         high = {
             linear.name: _histogram(_bits(weight) >> 16) for linear, weight, _ in context.visit(frozenset())
         }
-        high_bin, wanted = _locate(sum(high.values()), budget)
+        high_bin, wanted = _locate(torch.stack(list(high.values())).sum(0), budget)
         low = {
             linear.name: _histogram(bits[(bits >> 16) == high_bin] & 0xFFFF)
             for linear, weight, _ in context.visit(frozenset())
             for bits in (_bits(weight),)
         }
-        low_bin, wanted = _locate(sum(low.values()), wanted)
+        low_bin, wanted = _locate(torch.stack(list(low.values())).sum(0), wanted)
         counts: dict[str, int] = {}
         for name in high:
             above = int(high[name][high_bin + 1 :].sum()) + int(low[name][low_bin + 1 :].sum())

@@ -62,9 +62,7 @@ class StagedCheckpoint:
         self._files: dict[str, fs.FileRecord] = {}
 
     @classmethod
-    def open(
-        cls, out: Path, identity: Mapping[str, JSON], *, overwrite: bool, resume: bool
-    ) -> StagedCheckpoint:
+    def open(cls, out: Path, identity: Mapping[str, JSON], *, overwrite: bool, resume: bool) -> StagedCheckpoint:
         """Lock `out`, clean up after dead runs, and begin or go on.
 
         Args:
@@ -206,6 +204,11 @@ class StagedCheckpoint:
         self.close()
         return self.out
 
+    def discard(self) -> None:
+        """Remove everything this run has written here; for work that another checkpoint has taken over."""
+        recovery.drop_run(self._place, self.run_id)
+        self.close()
+
     def close(self) -> None:
         """Release the lock; an uncommitted run stays for resuming. May be called again."""
         self._lock.release()
@@ -237,9 +240,7 @@ class StagedCheckpoint:
             if other.key == key:
                 continue
             if other.file == file_name:
-                raise IndexMismatch(
-                    f"shards {other.key!r} and {key!r} would both be this file", where=file_name
-                )
+                raise IndexMismatch(f"shards {other.key!r} and {key!r} would both be this file", where=file_name)
             if twice := sorted(set(tensors) & set(other.tensors)):
                 raise IndexMismatch(f"in {other.file} and again in {file_name}", where=twice[0])
 
@@ -274,9 +275,7 @@ def differences(old: Mapping[str, JSON], new: Mapping[str, JSON]) -> str:
     """Return every field that differs as `dotted.field: old -> new`, in order, joined by semicolons."""
     before, after = _flatten(old), _flatten(new)
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    return "; ".join(
-        f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}" for name in changed
-    )
+    return "; ".join(f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}" for name in changed)
 
 
 def _flatten(value: JSON, prefix: str = "") -> dict[str, str]:

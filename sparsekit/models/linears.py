@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsekit.contracts import LinearInfo
 from sparsekit.lazy import torch
@@ -177,5 +177,6 @@ def _intermediate(module: nn.Module, expert: int, x: Tensor) -> Tensor:
     up = x @ (weight if getattr(module, "is_transposed", False) else weight.T)
     if getattr(module, "has_bias", False):
         up = up + module.get_parameter(f"{parameter}_bias")[expert]
-    result: Tensor = module._apply_gate(up) if gated else module.act_fn(up)
+    activation: Any = module._apply_gate if gated else module.act_fn
+    result: Tensor = activation(up)
     return result

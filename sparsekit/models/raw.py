@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsekit.checkpoint.safetensors_file import RawTensor, TensorEntry
 from sparsekit.lazy import torch
@@ -24,7 +24,8 @@ def to_raw(tensor: Tensor) -> RawTensor:
     tensor = tensor.detach().contiguous()
     name = _NAMES[str(tensor.dtype).removeprefix("torch.")]
     flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-    return RawTensor(name, tuple(tensor.shape), memoryview(flat.numpy()))
+    buffer: Any = flat.numpy()
+    return RawTensor(name, tuple(tensor.shape), memoryview(buffer))
 
 
 def read_raw(path: Path, entry: TensorEntry) -> RawTensor:

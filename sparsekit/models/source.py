@@ -113,7 +113,7 @@ class ModelSource:
             )
         model.eval()
         model.requires_grad_(False)
-        return model  # type: ignore[no-any-return]
+        return model
 
 
 def open_model(

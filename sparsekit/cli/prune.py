@@ -1,0 +1,111 @@
+"""`sparsekit prune`: one recipe applied to one model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsekit.cli import render
+from sparsekit.cli.options import Dtype, Json, Quiet, RecipeName, Revision, Seed, Set, TrustRemoteCode, Verbose
+from sparsekit.errors import GateMissed
+
+if TYPE_CHECKING:
+    from sparsekit.run import Prepared
+
+
+def prune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or .gguf file.")],
+    recipe: RecipeName,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="OUT", help="Output folder; default <model>-<recipe> here."),
+    ] = None,
+    overrides: Set = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show plan, memory, disk and time; compute nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run, or discard it.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty OUT.")] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Measure the result against the dense model.")
+    ] = True,
+    dtype: Dtype = "auto",
+    seed: Seed = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    json: Json = False,
+) -> None:
+    """Prune a model with a recipe and write a checkpoint that transformers loads."""
+    from sparsekit.recipe.load import load_recipe
+
+    changes = [*(overrides or ()), *([f"calibration.seed={seed}"] if seed is not None else [])]
+    chosen = load_recipe(recipe, changes)
+    from sparsekit.models.source import open_model
+    from sparsekit.run import default_out, execute, prepare
+
+    with render.reporter(quiet=quiet) as reporter:
+        source = open_model(model, reporter, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+        prepared = prepare(chosen, source)
+        out = out or default_out(chosen, source)
+        if dry_run:
+            _show_plan(prepared, out, as_json=json)
+            return
+        outcome = execute(
+            prepared,
+            out,
+            reporter,
+            overwrite=overwrite,
+            resume=resume,
+            evaluation=evaluate,
+            command=("sparsekit", *sys.argv[1:]),
+        )
+    from sparsekit.evaluate.table import render_table
+    from sparsekit.report.summary import one_line
+
+    if json:
+        render.emit_json({"out": str(outcome.out), "already_finished": outcome.already_finished, **outcome.report})
+    else:
+        if outcome.already_finished:
+            render.emit("This run had already finished; nothing was done.")
+        if outcome.evaluation and not quiet:
+            render.emit(render_table(outcome.evaluation))
+        render.emit(f"{one_line(outcome.report)}, {outcome.out}")
+    if outcome.missed_gates:
+        raise GateMissed(
+            "; ".join(outcome.missed_gates), where=str(outcome.out), hint="The checkpoint was written all the same."
+        )
+
+
+def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:
+    from sparsekit.run import describe_plan
+
+    plan = describe_plan(prepared, out)
+    if as_json:
+        render.emit_json(plan)
+        return
+    for stage in plan["stages"]:
+        rows = [
+            [kind["kind"], f"{kind['count']} x {kind['shape'][0]} x {kind['shape'][1]}", _share(kind), kind["pattern"]]
+            for kind in stage["kinds"]
+        ]
+        title = f"{stage['method']}: {stage['targets']} linears in {plan['blocks']} blocks"
+        render.emit(f"{title}, {stage['coverage']:.1%} of the block weights")
+        render.emit(render.table(["linear", "shape (out x in)", "sparsity", "pattern"], rows))
+    cost: dict[str, Any] = plan["cost"]
+    render.emit(f"memory  about {render.bytes_text(cost['memory_bytes'])}")
+    render.emit(f"disk    {render.bytes_text(cost['disk_bytes'])}")
+    if cost["seconds"] is not None:
+        render.emit(f"time    about {render.seconds_text(cost['seconds'])} for {cost['tokens']:,} calibration tokens")
+    render.emit(f"output  {plan['out']}")
+
+
+def _share(kind: dict[str, Any]) -> str:
+    low, high = kind["sparsity_range"]
+    return f"{low:.4f}" if high - low < 5e-5 else f"{low:.3f} to {high:.3f}"

@@ -1,0 +1,265 @@
+"""A recipe run on tiny models, end to end: what is written, what loads, what a killed run leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparsekit import run
+from sparsekit.checkpoint.verify import verify
+from sparsekit.errors import OutputExists, ResumeMismatch
+from sparsekit.models.source import open_model
+from sparsekit.progress import Silent
+from sparsekit.recipe.load import load_recipe
+from tests.support import tiny
+
+SMALL = ["calibration.source=builtin", "calibration.samples=3", "calibration.sequence_length=32"]
+EVAL = ["evaluate.samples=2", "evaluate.sequence_length=32"]
+
+
+def prune(folder, out, recipe="wanda-50", sets=(), evaluation=False, **options):
+    chosen = load_recipe(recipe, [*SMALL, *EVAL, *sets])
+    prepared = run.prepare(chosen, open_model(str(folder), Silent()))
+    return run.execute(prepared, out, Silent(), evaluation=evaluation, **options)
+
+
+def tensors(folder):
+    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny.save("llama", tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gemma2", "falcon", "bloom", "mixtral", "qwen3_moe", "gpt_oss"])
+def test_a_pruned_model_loads_with_plain_transformers(family, tmp_path):
+    folder = tiny.save(family, tmp_path / "model")
+    outcome = prune(folder, tmp_path / "out")
+    stage = outcome.report["stages"][0]
+    assert stage["kept"] * 2 == stage["numel"]
+    assert verify(tmp_path / "out", "semantic").problems == ()
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+    before, after = tensors(folder), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    manifest = json.loads((tmp_path / "out/sparsekit.json").read_text())["tensors"]
+    pruned = {name for name, facts in manifest.items() if facts["kept"] is not None}
+    kept = 0
+    for name in before:
+        if name in pruned:
+            same = after[name] == before[name]
+            assert (after[name][~same] == 0).all()  # Wanda removes, it does not change
+            kept += manifest[name]["kept"]
+        else:
+            assert torch.equal(before[name], after[name]), name
+    assert kept == stage["kept"]
+    with torch.no_grad():
+        assert torch.isfinite(model(tiny.ids(1)).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sets"),
+    [
+        ("magnitude-50", []),
+        ("random-50", []),
+        ("wanda-60", []),
+        ("wanda-2of4", []),
+        ("wanda-4of8", []),
+        ("wanda-50", ["stages.0.pattern=1:4", "stages.0.sparsity=0.75"]),
+        ("wanda-50", ["stages.0.pattern=4x2"]),
+        ("magnitude-50", ["stages.0.pattern=8x1", "stages.0.group=row"]),
+        ("magnitude-50", ["stages.0.allocate=global_magnitude"]),
+        ("wanda-50", ["stages.0.group=linear"]),
+        ("wanda-50", ["stages.0.propagate=none"]),
+        ("wanda-50", ["stages.0.sparsity=0"]),
+        ("wanda-50", ["stages.0.sparsity=1"]),
+        ("wanda-50", ["stages.0.sparsity=0.99"]),
+    ],
+)
+def test_every_method_pattern_and_level_keeps_exact_counts(recipe, sets, llama, tmp_path):
+    outcome = prune(llama, tmp_path / "out", recipe, sets)
+    stage = outcome.report["stages"][0]
+    sparsity = stage["sparsity"]
+    assert abs(stage["kept"] - (1 - sparsity) * stage["numel"]) < 8
+    assert verify(tmp_path / "out", "semantic").problems == ()
+    zeros = sum(
+        int((tensor == 0).sum()) for name, tensor in tensors(tmp_path / "out").items() if "proj" in name
+    )
+    assert zeros >= stage["numel"] - stage["kept"]
+
+
+def test_sparsity_zero_leaves_every_bit(llama, tmp_path):
+    prune(llama, tmp_path / "out", sets=["stages.0.sparsity=0"])
+    before, after = tensors(llama), tensors(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_runs_without_calibration_read_no_text(llama, tmp_path):
+    outcome = prune(llama, tmp_path / "out", "magnitude-50", ["calibration.source=missing.jsonl"])
+    assert outcome.report["calibration"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_dtypes_are_kept(dtype, tmp_path):
+    folder = tiny.save("llama", tmp_path / "model", dtype=dtype)
+    prune(folder, tmp_path / "out")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {dtype}
+
+
+def test_an_asked_dtype_is_written_everywhere(tmp_path):
+    folder = tiny.save("llama", tmp_path / "model", dtype=torch.float32)
+    chosen = load_recipe("wanda-50", SMALL)
+    source = open_model(str(folder), Silent(), dtype="bf16")
+    run.execute(run.prepare(chosen, source), tmp_path / "out", Silent(), evaluation=False)
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+def test_side_files_go_along_and_weights_do_not(llama, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+    for name in ("LICENSE", "chat_template.jinja", "vocab.txt"):
+        (source / name).write_text(name)
+    (source / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    prune(source, tmp_path / "out", "magnitude-50")
+    assert (tmp_path / "out/LICENSE").read_text() == "LICENSE"
+    assert (tmp_path / "out/chat_template.jinja").exists()
+    assert not (tmp_path / "out/pytorch_model.bin").exists()
+    for name in ("tokenizer.json", "tokenizer_config.json", "recipe.yaml", "report.json", "sparsekit.json"):
+        assert (tmp_path / "out" / name).exists(), name
+
+
+def test_the_saved_recipe_runs_again_and_gives_the_same_weights(llama, tmp_path):
+    prune(llama, tmp_path / "one")
+    chosen = load_recipe(str(tmp_path / "one/recipe.yaml"))
+    run.execute(run.prepare(chosen, open_model(str(llama), Silent())), tmp_path / "two", Silent(), evaluation=False)
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_evaluation_and_gates_are_part_of_the_run(llama, tmp_path):
+    outcome = prune(llama, tmp_path / "out", evaluation=True, sets=["gates.max_perplexity_ratio=0.01"])
+    assert outcome.evaluation.comparison.kl > 0
+    assert "perplexity ratio" in outcome.missed_gates[0]
+    assert (tmp_path / "out/sparsekit.json").exists()
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["evaluation"]["comparison"]["kl"] == outcome.evaluation.comparison.kl
+    assert report["missed_gates"] == list(outcome.missed_gates)
+
+
+def test_a_second_run_finds_its_work_done(llama, tmp_path):
+    first = prune(llama, tmp_path / "out")
+    again = prune(llama, tmp_path / "out")
+    assert not first.already_finished
+    assert again.already_finished
+    assert again.report["run_id"] == first.report["run_id"]
+    with pytest.raises(OutputExists):
+        prune(llama, tmp_path / "out", sets=["stages.0.sparsity=0.6"])
+    prune(llama, tmp_path / "out", sets=["stages.0.sparsity=0.6"], overwrite=True)
+    assert verify(tmp_path / "out", "semantic").problems == ()
+
+
+def test_two_stages_chain_and_leave_nothing_behind(llama, tmp_path):
+    stages = "[{stage: prune, method: magnitude, sparsity: 0.3}, {stage: prune, method: wanda, sparsity: 0.6}]"
+    outcome = prune(llama, tmp_path / "out", sets=[f"stages={stages}"])
+    assert [stage["kept"] / stage["numel"] for stage in outcome.report["stages"]] == pytest.approx([0.7, 0.4], abs=1e-4)
+    prune(llama, tmp_path / "first", "magnitude-50", ["stages.0.sparsity=0.3"])
+    first, both = tensors(tmp_path / "first"), tensors(tmp_path / "out")
+    assert all(((both[name] == first[name]) | (both[name] == 0)).all() for name in both)
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("first")) == ["out"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the run catches it."""
+
+
+@pytest.mark.parametrize("recipe", ["wanda-50", "magnitude-50"])
+def test_killed_at_every_file_call_and_run_again_gives_the_same_bytes(recipe, llama, tmp_path, monkeypatch):
+    """The k-th file-system call kills the run, for every k until a run gets through; then it is run again."""
+    from sparsekit import fs
+
+    prune(llama, tmp_path / "reference", recipe)
+    wanted = json.loads((tmp_path / "reference/sparsekit.json").read_text())
+    real = fs.FS
+    points = 0
+    calls = {"left": -1}
+
+    class Mortal(type(real)):
+        def __getattribute__(self, name):
+            value = super().__getattribute__(name)
+            if name in ("write", "fsync", "rename", "exchange", "unlink", "mkdir", "open_exclusive", "fsync_dir"):
+                calls["left"] -= 1
+                if calls["left"] == 0:
+                    raise Killed
+            return value
+
+    step = 3 if recipe == "wanda-50" else 2
+    for k in range(1, 10_000, step):
+        out = tmp_path / f"run{k}"
+        calls["left"] = k
+        monkeypatch.setattr(fs, "FS", Mortal())
+        try:
+            prune(llama, out, recipe)
+        except Killed:
+            points += 1
+        else:
+            break
+        finally:
+            monkeypatch.setattr(fs, "FS", real)
+        for lock in tmp_path.glob("*.lock"):
+            lock.unlink()  # a killed process's lock is stale; this process is still alive
+        prune(llama, out, recipe)
+        manifest = json.loads((out / "sparsekit.json").read_text())
+        assert manifest["identity_sha256"] == wanted["identity_sha256"], k
+        assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(f"run{k}")) == [f"run{k}"]
+        shutil.rmtree(out)
+    assert points >= 20
+
+
+def test_a_resumed_run_names_what_changed(llama, tmp_path, monkeypatch):
+    from sparsekit.checkpoint.staging import StagedCheckpoint
+
+    def die(self, *args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StagedCheckpoint, "commit", die)
+        with pytest.raises(Killed):
+            prune(llama, tmp_path / "out")
+    with pytest.raises(ResumeMismatch, match=r"recipe\.stages\.0\.sparsity: 0\.5 -> 0\.6"):
+        prune(llama, tmp_path / "out", sets=["stages.0.sparsity=0.6"])
+    other = tiny.save("llama", tmp_path / "other", dtype=torch.bfloat16, seed=5)
+    with pytest.raises(ResumeMismatch, match=r"model\.files\.model.safetensors"):
+        prune(other, tmp_path / "out")
+    with pytest.raises(ResumeMismatch, match=r"calibration"):
+        prune(llama, tmp_path / "out", sets=["calibration.seed=4"])
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "__version__", "99")
+        with pytest.raises(ResumeMismatch, match=r"versions\.sparsekit"):
+            prune(llama, tmp_path / "out")
+    resumed = prune(llama, tmp_path / "out")
+    assert resumed.report["stages"][0]["resumed_blocks"] == 3
+
+
+def test_no_resume_starts_afresh(llama, tmp_path, monkeypatch):
+    from sparsekit.checkpoint.staging import StagedCheckpoint
+
+    def die(self, *args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StagedCheckpoint, "commit", die)
+        with pytest.raises(Killed):
+            prune(llama, tmp_path / "out")
+    outcome = prune(llama, tmp_path / "out", sets=["stages.0.sparsity=0.6"], resume=False)
+    assert outcome.report["stages"][0]["resumed_blocks"] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
