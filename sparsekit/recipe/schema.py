@@ -31,7 +31,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from sparsekit import registry
 from sparsekit.errors import PluginBroken, RecipeSchemaError, UnknownName
-from sparsekit.pattern import NM, Pattern, parse_pattern
+from sparsekit.pattern import NM, parse_pattern
 
 _ROUNDED = 1e-3
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -114,20 +114,8 @@ class PruneStage(Section):
     @classmethod
     def _selectors(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
         for entry in entries:
-            _selector(entry)
+            _check_selector(entry)
         return entries
-
-    def parsed_pattern(self) -> Pattern:
-        """Return the pattern as a value."""
-        return parse_pattern(self.pattern)
-
-    def selects(self, name: str) -> bool:
-        """Return whether `targets` and `ignore` choose the linear with this dotted name.
-
-        A glob or regular expression must match the whole name.
-        """
-        chosen = not self.targets or any(_selector(entry).fullmatch(name) for entry in self.targets)
-        return chosen and not any(_selector(entry).fullmatch(name) for entry in self.ignore)
 
     def method_options(self) -> Any:
         """Return the options of the method: an instance of its `options_type`."""
@@ -315,11 +303,11 @@ def _errors(model: type[BaseModel], problems: list[InitErrorDetails]) -> Validat
     return ValidationError.from_exception_data(model.__name__, problems, input_type="json")
 
 
-@cache
-def _selector(entry: str) -> re.Pattern[str]:
+def _check_selector(entry: str) -> None:
+    """Raise ValueError unless the entry is a glob or `re:` and a regular expression."""
     try:
         if not entry:
             raise ValueError("an entry is empty; write a glob such as *.mlp.* or re: and a regular expression")
-        return re.compile(entry[3:] if entry.startswith("re:") else fnmatch.translate(entry))
+        re.compile(entry[3:] if entry.startswith("re:") else fnmatch.translate(entry))
     except re.error as error:
         raise ValueError(f"{entry!r} is not a regular expression: {error}") from error

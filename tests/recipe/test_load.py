@@ -128,23 +128,6 @@ def test_nm_patterns_imply_the_sparsity(pattern: str, sparsity: float | None, re
     assert _stage(pattern=pattern, sparsity=sparsity).sparsity == pytest.approx(result, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("targets", "ignore", "name", "chosen"),
-    [
-        ([], [], "model.layers.0.mlp.up_proj", True),
-        (["*.mlp.*"], [], "model.layers.0.mlp.up_proj", True),
-        (["*.mlp.*"], [], "model.layers.0.self_attn.q_proj", False),
-        (["up_proj"], [], "model.layers.0.mlp.up_proj", False),  # the whole name must match
-        (["re:.*layers\\.1\\..*"], [], "model.layers.10.mlp.up_proj", False),
-        (["re:.*layers\\.1\\..*"], [], "model.layers.1.mlp.up_proj", True),
-        ([], ["*.up_proj"], "model.layers.0.mlp.up_proj", False),
-        (["*"], ["re:.*up_.*"], "model.layers.0.mlp.up_proj", False),
-    ],
-)
-def test_selectors(targets: list[str], ignore: list[str], name: str, chosen: bool) -> None:
-    assert _stage(targets=targets, ignore=ignore).selects(name) is chosen
-
-
 # --- inheritance -------------------------------------------------------------------------------------------
 def test_a_file_may_extend_shipped_recipes_and_configs_and_its_own_folder(write: Any) -> None:
     mine = write("mine.yaml", HEAD + "extends: wanda-50\ncalibration: {samples: 7}\n")
