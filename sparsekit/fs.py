@@ -39,9 +39,7 @@ class FileSystem:
 
     def open_exclusive(self, path: Path) -> int:
         """Create a file that must not exist, mode 0666 & ~umask; return its descriptor."""
-        flags = (
-            os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        )
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         return os.open(path, flags, 0o666)
 
     def open_append(self, path: Path) -> int:
@@ -161,9 +159,7 @@ def _translate(error: OSError, path: Path, needed_bytes: int | None) -> Resource
             where=str(path),
             hint="Choose a place you can write to, or change its permissions.",
         )
-    return ResourceError(
-        f"{reason.lower()}", where=str(path), hint="Check the disk and the path, then try again."
-    )
+    return ResourceError(f"{reason.lower()}", where=str(path), hint="Check the disk and the path, then try again.")
 
 
 # --- files -------------------------------------------------------------------------------------------------
@@ -175,9 +171,7 @@ class FileRecord:
     sha256: str
 
 
-def write_file(
-    path: Path, chunks: BytesLike | Iterable[BytesLike], *, needed_bytes: int | None = None
-) -> FileRecord:
+def write_file(path: Path, chunks: BytesLike | Iterable[BytesLike], *, needed_bytes: int | None = None) -> FileRecord:
     """Create `path` with the given content, durable when this returns (its folder is not fsynced).
 
     Args:

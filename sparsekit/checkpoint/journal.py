@@ -93,11 +93,7 @@ class Journal:
         if not isinstance(record, dict) or set(record) != {"run_id", "identity"}:
             return None
         run_id, identity = record["run_id"], record["identity"]
-        if (
-            not isinstance(run_id, str)
-            or not isinstance(identity, dict)
-            or jsonio.digest(identity)[:16] != run_id
-        ):
+        if not isinstance(run_id, str) or not isinstance(identity, dict) or jsonio.digest(identity)[:16] != run_id:
             return None
         return cls(path, run_id, identity, last_hash)
 

@@ -58,9 +58,7 @@ def parse(data: bytes, *, where: str, error: type[CheckpointError] = CheckpointE
     return value
 
 
-def read(
-    path: Path, *, limit_bytes: int, error: type[CheckpointError] = CheckpointError
-) -> tuple[bytes, JSON]:
+def read(path: Path, *, limit_bytes: int, error: type[CheckpointError] = CheckpointError) -> tuple[bytes, JSON]:
     """Read a JSON file of at most `limit_bytes`; return its bytes and its value.
 
     Raises:

@@ -103,9 +103,7 @@ class Lock:
         self._held = False
         mine = jsonio.canonical({"pid": self.owner.pid, "start": self.owner.start, "host": self.owner.host})
         with fs.typed_errors(self.path):
-            if (
-                self.path.exists() and self.path.read_bytes() == mine
-            ):  # else somebody removed it by hand and took it
+            if self.path.exists() and self.path.read_bytes() == mine:  # else somebody removed it by hand and took it
                 fs.FS.unlink(self.path)
 
 
@@ -144,6 +142,4 @@ def _refuse_live(data: bytes, path: Path, what: str) -> None:
             hint=f"Wait for it. If that process is gone, remove {path}.",
         )
     if isinstance(pid, int) and start_of(pid) == start:
-        raise Locked(
-            f"process {pid} is writing it", where=what, hint="Wait for it, or choose another output with -o."
-        )
+        raise Locked(f"process {pid} is writing it", where=what, hint="Wait for it, or choose another output with -o.")

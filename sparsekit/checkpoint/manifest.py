@@ -86,9 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"no {FILE} in it; not a complete sparsekit checkpoint",
             where=str(folder),
-            hint="Give the output folder of a finished sparsekit prune."
-            if folder.is_dir()
-            else "No such folder.",
+            hint="Give the output folder of a finished sparsekit prune." if folder.is_dir() else "No such folder.",
         )
     data, raw = jsonio.read(path, limit_bytes=LIMIT_BYTES)
     return _Validator(str(path)).manifest(raw, data, folder)
@@ -184,9 +182,7 @@ class _Validator:
             or not isinstance(transposed, bool)
             or not _is_sha256(sha256)
         ):
-            raise self.fail(
-                f"tensors.{name}: shape, dtype, kept, pattern, method, transposed or sha256 is malformed"
-            )
+            raise self.fail(f"tensors.{name}: shape, dtype, kept, pattern, method, transposed or sha256 is malformed")
         return TensorFacts(tuple(shape), dtype, kept, pattern, method, str(sha256), transposed)
 
 
@@ -258,6 +254,4 @@ def _refuse_contradiction(where: str, given: Mapping[str, JSON], actual: Mapping
     """Raise if the caller claims something else than what is the case."""
     for key in sorted(set(given) & set(actual)):
         if jsonio.canonical(given[key]) != jsonio.canonical(actual[key]):
-            raise CheckpointError(
-                f"{key} is {given[key]!r} in the manifest, {actual[key]!r} in fact", where=where
-            )
+            raise CheckpointError(f"{key} is {given[key]!r} in the manifest, {actual[key]!r} in fact", where=where)

@@ -45,9 +45,7 @@ class Place:
         """Return the place of `out`, with links resolved so that renames stay on one filesystem."""
         real = Path(os.path.realpath(out))
         if not real.name:
-            raise OutputExists(
-                "the root folder cannot be an output", where=str(out), hint="Choose another with -o."
-            )
+            raise OutputExists("the root folder cannot be an output", where=str(out), hint="Choose another with -o.")
         return cls(real)
 
     @property

@@ -115,9 +115,7 @@ def read_header(path: Path) -> Header:
                 hint="Copy the file again.",
             )
         if length > MAX_HEADER_BYTES:
-            raise HeaderError(
-                f"a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} allowed", where=str(path)
-            )
+            raise HeaderError(f"a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} allowed", where=str(path))
         if length > size_bytes - 8:
             raise TruncatedError(
                 f"{size_bytes:,} bytes on disk, {length + 8:,} needed for the header alone",
@@ -128,9 +126,7 @@ def read_header(path: Path) -> Header:
             raise HeaderError("the header does not begin with '{'", where=str(path))
         handle.seek(8)
         data = handle.read(length)
-    metadata, tensors = _parse_header(
-        jsonio.parse(data, where=str(path), error=HeaderError), str(path), 8 + length
-    )
+    metadata, tensors = _parse_header(jsonio.parse(data, where=str(path), error=HeaderError), str(path), 8 + length)
     _check_tiling(tensors, str(path), 8 + length, size_bytes)
     return Header(path, metadata, tensors, size_bytes)
 
@@ -148,9 +144,7 @@ def _refuse_foreign(path: Path, start: bytes) -> None:
     if start.startswith(b"version https://git-lfs"):
         raise HeaderError("a git-lfs pointer, not the weights", where=str(path), hint="Run: git lfs pull")
     if start[:4] == b"GGUF":
-        raise HeaderError(
-            "a GGUF file under a safetensors name", where=str(path), hint="Rename it to end in .gguf."
-        )
+        raise HeaderError("a GGUF file under a safetensors name", where=str(path), hint="Rename it to end in .gguf.")
 
 
 def _parse_header(header: JSON, where: str, base: int) -> tuple[dict[str, str], dict[str, TensorEntry]]:
@@ -177,8 +171,7 @@ def _parse_entry(name: str, entry: JSON, where: str, base: int) -> TensorEntry:
     needed = _needed_bytes(dtype, tuple(shape), f"tensor {name!r}", where)
     if needed != offsets[1] - offsets[0]:
         raise HeaderError(
-            f"tensor {name!r}: {offsets[1] - offsets[0]:,} bytes given, {needed:,} needed for "
-            f"{dtype} {list(shape)}",
+            f"tensor {name!r}: {offsets[1] - offsets[0]:,} bytes given, {needed:,} needed for {dtype} {list(shape)}",
             where=where,
         )
     return TensorEntry(dtype, tuple(shape), base + offsets[0], base + offsets[1])
@@ -215,9 +208,7 @@ def _check_tiling(tensors: Mapping[str, TensorEntry], where: str, base: int, siz
         position, before = entry.end, f"tensor {name!r}"
     if position != size_bytes:
         hint = "Truncated copy? Copy the file again." if size_bytes < position else "Copy the file again."
-        raise TruncatedError(
-            f"{size_bytes:,} bytes on disk, {position:,} in the header", where=where, hint=hint
-        )
+        raise TruncatedError(f"{size_bytes:,} bytes on disk, {position:,} in the header", where=where, hint=hint)
 
 
 # --- writing -----------------------------------------------------------------------------------------------

@@ -118,10 +118,10 @@ def _open_sharded(folder: Path) -> WeightFiles:
     """Open a model of several files, checking index and shards against each other."""
     weight_map = read_index(folder / INDEX)
     files = tuple(sorted(set(weight_map.values())))
+    paths = {file: fs.safe_join(folder, file, also=_blobs(folder)) for file in files}  # before any is opened
     fs.check_distinct(files, where=str(folder / INDEX))
     tensors: dict[str, TensorLocation] = {}
-    for file in files:
-        path = fs.safe_join(folder, file, also=_blobs(folder))
+    for file, path in paths.items():
         if not path.is_file():
             count = sum(shard == file for shard in weight_map.values())
             raise IndexMismatch(
@@ -134,9 +134,7 @@ def _open_sharded(folder: Path) -> WeightFiles:
                 )
             if weight_map.get(name) != file:
                 claim = f"{weight_map[name]} in the index" if name in weight_map else "not in the index"
-                raise IndexMismatch(
-                    f"tensor {name!r} is in this file, but {claim}", where=str(path), hint=_COPY_HINT
-                )
+                raise IndexMismatch(f"tensor {name!r} is in this file, but {claim}", where=str(path), hint=_COPY_HINT)
             tensors[name] = TensorLocation(file, entry)
     if missing := sorted(set(weight_map) - set(tensors)):
         raise IndexMismatch(
@@ -151,9 +149,7 @@ def _weight_files(folder: Path, files: tuple[str, ...], tensors: Mapping[str, Te
     """Return the result; a model without tensors is refused."""
     if not tensors:
         raise CheckpointError("the weight files hold no tensors", where=str(folder))
-    return WeightFiles(
-        folder, files, tensors, sum(location.entry.size_bytes for location in tensors.values())
-    )
+    return WeightFiles(folder, files, tensors, sum(location.entry.size_bytes for location in tensors.values()))
 
 
 def read_index(path: Path) -> dict[str, str]:

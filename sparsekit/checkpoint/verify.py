@@ -31,9 +31,7 @@ _UNSIGNED: Mapping[int, type[np.unsignedinteger[Any]]] = {
     4: np.uint32,
     8: np.uint64,
 }
-_MAGNITUDE_BITS: Mapping[
-    str, tuple[int, int]
-] = {  # element bytes, and the bits that are not the sign of a float
+_MAGNITUDE_BITS: Mapping[str, tuple[int, int]] = {  # element bytes, and the bits that are not the sign of a float
     "F64": (8, 2**63 - 1),
     "F32": (4, 2**31 - 1),
     "F16": (2, 0x7FFF),
@@ -173,8 +171,7 @@ class _Check:
             if (entry.dtype, entry.shape) != (facts.dtype, facts.shape):
                 self.found(
                     tensor,
-                    f"{entry.dtype} {list(entry.shape)} in {name}, "
-                    f"{facts.dtype} {list(facts.shape)} in the manifest",
+                    f"{entry.dtype} {list(entry.shape)} in {name}, {facts.dtype} {list(facts.shape)} in the manifest",
                 )
         for tensor in sorted(set(self.entries) - set(self.manifest.tensors)):
             self.found(tensor, f"in {self.entries[tensor][0]}, but not in the manifest")
@@ -193,8 +190,7 @@ class _Check:
             if weight_map.get(tensor) != actual.get(tensor):
                 self.found(
                     tensor,
-                    f"{weight_map.get(tensor, 'nowhere')} in the index, "
-                    f"{actual.get(tensor, 'nowhere')} in fact",
+                    f"{weight_map.get(tensor, 'nowhere')} in the index, {actual.get(tensor, 'nowhere')} in fact",
                 )
 
     def hashes(self) -> None:
@@ -207,9 +203,7 @@ class _Check:
             self.bytes_read += actual.size_bytes
             if actual.sha256 != self.manifest.files[name].sha256:
                 owner = owners.get(actual.sha256)
-                self.found(
-                    name, f"swapped: it has the content of {owner}" if owner else "changed: sha256 differs"
-                )
+                self.found(name, f"swapped: it has the content of {owner}" if owner else "changed: sha256 differs")
 
     def attempt(self, name: str, action: Callable[[Path], fs.FileRecord]) -> fs.FileRecord | None:
         """Return the result of `action`, or record why the file cannot be read."""
@@ -270,9 +264,7 @@ def mask_problems(data: NDArray[np.uint8], facts: TensorFacts) -> Iterator[str]:
             yield f"{bad:,} of {groups.size:,} groups have more than {pattern} nonzero weights"
     elif isinstance(pattern, Block) and facts.kept is not None:
         experts, rows, cols = support.shape
-        grid = support.reshape(
-            experts, rows // pattern.rows, pattern.rows, cols // pattern.cols, pattern.cols
-        )
+        grid = support.reshape(experts, rows // pattern.rows, pattern.rows, cols // pattern.cols, pattern.cols)
         blocks = int(np.count_nonzero(grid.any(axis=(2, 4))))
         if blocks * pattern.unit > facts.kept:
             yield (

@@ -44,9 +44,7 @@ class Node:
 class FaultDisk(fs.FileSystem):
     """The real disk below `root`, with one fault."""
 
-    def __init__(
-        self, root: Path, fault_at: int | None = None, mode: str = "EIO", *, can_exchange: bool = True
-    ):
+    def __init__(self, root: Path, fault_at: int | None = None, mode: str = "EIO", *, can_exchange: bool = True):
         self.root, self.fault_at, self.mode, self.can_exchange = root, fault_at, mode, can_exchange
         self.calls: list[str] = []
         self.fired = self.dead = False
@@ -201,9 +199,7 @@ class Processes:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pid = 5_000_000
-        monkeypatch.setattr(
-            lock, "this_process", lambda: lock.Process(self.pid, "start", lock.socket.gethostname())
-        )
+        monkeypatch.setattr(lock, "this_process", lambda: lock.Process(self.pid, "start", lock.socket.gethostname()))
         monkeypatch.setattr(lock, "start_of", lambda pid: "start" if pid == self.pid else None)
 
     def new(self) -> None:
@@ -242,9 +238,7 @@ def files_of(folder: Path) -> dict[str, bytes] | None:
     """Content of every file below `folder`; None if there is no such folder."""
     if not folder.is_dir():
         return None
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 OLD = {"model-0.safetensors": b"old weights", "config.json": b"old", "sub/old.txt": b"old"}

@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     if not os.access("/dev/shm", os.W_OK):  # noqa: S108
         yield tmp_path
         return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:  # noqa: S108
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         yield Path(name)
 
 
@@ -259,9 +259,7 @@ def broken_states(
     assert new is not None
     for call in range(1, 500):
         out = prepare(root, over=True)
-        trial = run_trial(
-            out, FaultDisk(root, call, mode), processes, monkeypatch, lambda out=out: writer(out, 3), new
-        )
+        trial = run_trial(out, FaultDisk(root, call, mode), processes, monkeypatch, lambda out=out: writer(out, 3), new)
         if not trial.fired:
             return
         yield trial.state
@@ -294,9 +292,7 @@ def test_f31_missing_fsync_is_noticed(
     for kind in (NoFileSync, ForgetfulDisk):
         for call in range(1, 500):
             out = prepare(root, over=over)
-            trial = run_trial(
-                out, kind(root, call, mode), processes, monkeypatch, lambda out=out: save(out, 3), new
-            )
+            trial = run_trial(out, kind(root, call, mode), processes, monkeypatch, lambda out=out: save(out, 3), new)
             if not trial.fired:
                 break
             bad += trial.state not in (("old", "new") if over else ("absent", "new"))
