@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sparsekit.data.documents import SHUFFLE_BUFFER, Documents, Part, TextSpec, offline_alternatives
+from sparsekit.data.documents import SHUFFLE_BUFFER, Documents, Part, TextSpec, offline_alternatives, shuffled
 from sparsekit.errors import CalibrationError, MissingExtra, SourceUnavailable
 from sparsekit.progress import Reporter
 from sparsekit.rng import derive
@@ -18,11 +19,12 @@ class _Shorthand:
     config: str | None
     calibration_split: str
     held_out_split: str
+    article: str | None = None  # where rows are lines: what the first line of an article looks like
 
 
 SHORTHANDS = {
     "c4": _Shorthand("allenai/c4", "en", "train", "validation"),
-    "wikitext2": _Shorthand("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test"),
+    "wikitext2": _Shorthand("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test", r" = [^=].*[^=] = \n?"),
     "pile": _Shorthand("monology/pile-uncopyrighted", None, "train", "test"),
 }
 """Names that stand for a data set, its configuration and its splits."""
@@ -42,7 +44,11 @@ def documents(spec: TextSpec, part: Part, reporter: Reporter) -> Documents:
     field = spec.field or "text"
     label = f"{repo}, {f'config {config}, ' if config else ''}split {split}, field {field}"
     reporter.note(f"Asking the Hugging Face Hub for {label}")
-    return Documents(_stream(repo, config, split, field, spec.seed, part), label, streamed=True)
+    order = derive(spec.seed, "text", part)
+    if known and known.article:
+        lines = _stream(repo, config, split, field, part, None)
+        return Documents(shuffled(_articles(lines, known.article), order), label, streamed=True)
+    return Documents(_stream(repo, config, split, field, part, order), label, streamed=True)
 
 
 def _default_split(known: _Shorthand | None, part: Part) -> str:
@@ -51,7 +57,22 @@ def _default_split(known: _Shorthand | None, part: Part) -> str:
     return known.calibration_split if part == "calibration" else known.held_out_split
 
 
-def _stream(repo: str, config: str | None, split: str, field: str, seed: int, part: Part) -> Iterator[str]:
+def _articles(lines: Iterable[str], first_line: str) -> Iterator[str]:
+    """Join lines, which the data set gives one a row, to the articles they were cut from."""
+    article: list[str] = []
+    for line in lines:
+        if article and re.fullmatch(first_line, line):
+            yield "\n\n".join(article)
+            article = []
+        article.append(line.strip())
+    if article:
+        yield "\n\n".join(article)
+
+
+def _stream(
+    repo: str, config: str | None, split: str, field: str, part: Part, order: int | None
+) -> Iterator[str]:
+    """Yield the texts, shuffled by the data set's own means if `order` seeds it."""
     import datasets
 
     # HTTPError is taken from here because the HTTP library underneath differs between versions.
@@ -72,8 +93,9 @@ def _stream(repo: str, config: str | None, split: str, field: str, seed: int, pa
     where = f"{repo} ({config})" if config else repo
     try:
         rows = datasets.load_dataset(repo, config, split=split, streaming=True)
-        order = derive(seed, "text", part)
-        for record in rows.shuffle(seed=order % 2**32, buffer_size=SHUFFLE_BUFFER):
+        if order is not None:
+            rows = rows.shuffle(seed=order % 2**32, buffer_size=SHUFFLE_BUFFER)
+        for record in rows:
             text = _field(record, field, where)
             if text.strip():
                 yield text

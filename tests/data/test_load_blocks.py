@@ -59,9 +59,7 @@ def test_builtin_division_is_fixed_for_ever() -> None:
 
 
 def test_builtin_blocks_of_the_two_parts_differ(tokenizer: Any) -> None:
-    blocks = [
-        load(tokenizer, part=part, samples=20, sequence_length=128) for part in ("calibration", "held_out")
-    ]
+    blocks = [load(tokenizer, part=part, samples=20, sequence_length=128) for part in ("calibration", "held_out")]
     assert blocks[0].fingerprint != blocks[1].fingerprint
     assert "calibration part" in blocks[0].source
     assert "held-out part" in blocks[1].source
@@ -70,9 +68,7 @@ def test_builtin_blocks_of_the_two_parts_differ(tokenizer: Any) -> None:
     assert not rows[0] & rows[1]
 
 
-def test_builtin_is_the_same_in_another_process_whatever_the_hash_seed(
-    tokenizer: Any, tmp_path: Path
-) -> None:
+def test_builtin_is_the_same_in_another_process_whatever_the_hash_seed(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     code = (
         "import sys; from transformers import AutoTokenizer;"
@@ -239,9 +235,7 @@ def test_a_file_that_is_not_utf8(tmp_path: Path, tokenizer: Any) -> None:
         load(tokenizer, source=str(tmp_path / "a.txt"), samples=1, sequence_length=1)
 
 
-@pytest.mark.parametrize(
-    "source", ["missing.jsonl", "./missing", "folder/missing.txt", "*.parquet", "/nowhere/x.md"]
-)
+@pytest.mark.parametrize("source", ["missing.jsonl", "./missing", "folder/missing.txt", "*.parquet", "/nowhere/x.md"])
 def test_a_missing_file_is_never_tried_on_the_hub(tokenizer: Any, source: str) -> None:
     with pytest.raises(SourceUnavailable, match=r"no (such file|file matches).*calibration.source=builtin"):
         load(tokenizer, source=source)
@@ -255,9 +249,7 @@ def test_a_folder_and_an_unknown_kind(tmp_path: Path, tokenizer: Any) -> None:
         load(tokenizer, source=str(tmp_path / "a.csv"))
 
 
-@pytest.mark.parametrize(
-    "spec", [{"source": "builtin", "field": "x"}, {"source": "x.jsonl", "split": "train"}]
-)
+@pytest.mark.parametrize("spec", [{"source": "builtin", "field": "x"}, {"source": "x.jsonl", "split": "train"}])
 def test_settings_that_do_not_apply_are_refused(tokenizer: Any, spec: dict[str, str]) -> None:
     with pytest.raises(CalibrationError, match="Remove them"):
         load(tokenizer, **spec)
@@ -271,10 +263,7 @@ def test_large_files_are_streamed_in_seeded_order(
     first = load(tokenizer, source=source, samples=20, sequence_length=32)
     assert first.tokens_available is None
     assert first.fingerprint == load(tokenizer, source=source, samples=20, sequence_length=32).fingerprint
-    assert (
-        first.fingerprint
-        != load(tokenizer, source=source, samples=20, sequence_length=32, seed=1).fingerprint
-    )
+    assert first.fingerprint != load(tokenizer, source=source, samples=20, sequence_length=32, seed=1).fingerprint
     with pytest.raises(CalibrationError, match="samples must be a number"):
         load(tokenizer, source=source, samples=None, sequence_length=32)
 
