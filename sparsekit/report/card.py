@@ -1,0 +1,276 @@
+"""The model card: README.md with the front matter the Hub reads, above the card of the source model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsekit.recipe.load import dump_yaml
+from sparsekit.report.scores import ScoreTable, score_table
+from sparsekit.report.summary import Summary, summarise
+from sparsekit.report.text import Scrubber, duration, is_hub_id, number, percent, size
+
+README = "README.md"
+TAGS = ("sparsekit", "pruned", "sparse")
+# What a source's card says about the source alone: its scores, its names, how it was made.
+_OF_THE_SOURCE_ALONE = ("model-index", "eval_results", "model_name", "base_model_relation", "new_version", "widget")
+_FRONT_MATTER = re.compile(r"\A(\ufeff?\s*---[ \t]*\r?\n)(.*?)(\r?\n---[ \t]*(\r?\n|\Z))", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class SourceCard:
+    """The card of the source model.
+
+    Attributes:
+        data: Front matter; empty where there is none, or none that can be read.
+        text: The rest.
+        problem: Why the front matter could not be read, None if it could.
+    """
+
+    data: Mapping[str, Any]
+    text: str
+    problem: str | None = None
+
+
+def hub_id(report: Mapping[str, Any]) -> str | None:
+    """Return the source's id if it came from the Hub: only then is there a revision."""
+    model = report["model"]
+    return model["name"] if model["revision"] is not None and is_hub_id(model["name"]) else None
+
+
+def scrubber(report: Mapping[str, Any]) -> Scrubber:
+    """Return what takes this machine's paths out of a text about `report`."""
+    model, evaluation = report["model"], report.get("evaluation") or {}
+    local = {model["name"]} if hub_id(report) is None else set()
+    local |= {evaluation.get("model") or "", evaluation.get("baseline") or ""} - {model["name"]}
+    return Scrubber({path: re.split(r"[/\\]", path.rstrip("/\\"))[-1] for path in local if re.search(r"[/\\]", path)})
+
+
+def model_card(report: Mapping[str, Any], source_folder: Path) -> str:
+    """Return the text of README.md.
+
+    Args:
+        report: Content of report.json.
+        source_folder: Folder of the source model, whose own card stands below, its front matter merged.
+    """
+    from huggingface_hub import ModelCard
+
+    source = read_source_card(source_folder)
+    front = _front_matter(report, source)
+    return str(ModelCard(f"---\n{front}\n---\n\n{_body(report, source)}"))
+
+
+def read_source_card(folder: Path) -> SourceCard:
+    """Return the card of a model folder; damaged front matter stays where it was, as text."""
+    import yaml
+
+    file = folder / README
+    if not file.is_file():
+        return SourceCard({}, "")
+    content = file.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
+    match = _FRONT_MATTER.match(content)
+    if match is None:
+        return SourceCard({}, content)
+    try:
+        data = yaml.safe_load(match[2])
+    except yaml.YAMLError:
+        return SourceCard({}, content, "it is not valid YAML")
+    if data is None:
+        data = {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        return SourceCard({}, content, "it is not a mapping")
+    return SourceCard(data, content[match.end() :])
+
+
+def _front_matter(report: Mapping[str, Any], source: SourceCard) -> str:
+    """Return the YAML: the source's own (license, language, data sets), with what is true of the pruned model."""
+    from huggingface_hub import ModelCardData
+
+    data = {key: value for key, value in source.data.items() if key not in _OF_THE_SOURCE_ALONE}
+    for key in ("base_model", "library_name", "pipeline_tag", "tags"):
+        data.pop(key, None)
+    tags = source.data.get("tags") or []
+    tags = [str(tag) for tag in tags] if isinstance(tags, list) else [str(tags)]
+    card = ModelCardData(
+        base_model=_base_model(report, source),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*dict.fromkeys([*tags, *TAGS, *sorted({str(stage["method"]) for stage in report["stages"]})])],
+    )
+    for key, value in data.items():
+        card[key] = value
+    yaml: str = card.to_yaml()
+    return yaml
+
+
+def _base_model(report: Mapping[str, Any], source: SourceCard) -> str | list[str] | None:
+    """Return the source's Hub id; for a local source the ids its own card names, since ours descends from them."""
+    if found := hub_id(report):
+        return found
+    named = source.data.get("base_model")
+    ids = [item for item in (named if isinstance(named, list) else [named]) if isinstance(item, str)]
+    ids = [item for item in ids if is_hub_id(item) and "/" in item]
+    return ids[0] if len(ids) == 1 else ids or None
+
+
+# --- body --------------------------------------------------------------------------------------------------
+def _body(report: Mapping[str, Any], source: SourceCard) -> str:
+    summary, clean = summarise(report), scrubber(report)
+    label = clean.text(report["model"]["label"])
+    parts = [
+        f"# {escape(label)}, pruned with {escape(report['recipe']['name'])}",
+        _what(report, summary, label),
+        "Made with this command:",
+        fenced(_command(report, clean), "bash"),
+        "## What it cost",
+        _scores(report, clean),
+        "## Blocks",
+        _blocks(summary),
+        "## How to load",
+        fenced(_LOAD, "python"),
+        "The folder is an ordinary Hugging Face checkpoint: pruned weights are stored as zeros in dense tensors.",
+        "## Limits",
+        _limits(report, summary),
+        "## Recipe",
+        fenced(dump_yaml(clean.value(report["recipe"])).rstrip("\n"), "yaml"),
+        _versions(report),
+    ]
+    if source.text.strip():
+        damaged = f" Its front matter is shown as text: {source.problem}." if source.problem else ""
+        parts += ["---", f"*The card of the source model follows.{damaged}*", source.text.strip()]
+    return "\n\n".join(parts) + "\n"
+
+
+_LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or its id on the Hub
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder)"""
+
+
+def _what(report: Mapping[str, Any], summary: Summary, label: str) -> str:
+    base = hub_id(report)
+    name = f"[{escape(base)}](https://huggingface.co/{base})" if base else f"**{escape(label)}**"
+    revision = f" (revision {code(report['model']['revision'][:12])})" if base else ""
+    steps = "; then ".join(
+        f"{code(stage['method'])} at sparsity {stage['sparsity']:g}, pattern {code(stage['pattern'])}, "
+        f"distributed by {code(stage['allocate'])}"
+        for stage in report["stages"]
+    )
+    calibration = report["calibration"]
+    text = "No calibration text was needed."
+    if calibration:
+        text = (
+            f"Calibration text: {escape(scrubber(report).text(calibration['source']))}, {calibration['samples']:,} x "
+            f"{calibration['sequence_length']:,} tokens."
+        )
+    return (
+        f"This is {name}{revision} with {percent(summary.sparsity)} of the weights in {summary.with_zeros:,} matrices "
+        f"of its {report['model']['blocks']:,} blocks set to zero after training, without retraining: "
+        f"{steps}. The pruned matrices hold {percent(summary.coverage)} of the block weights; embeddings, norms, "
+        f"routers and the output head were left as they were. {text}"
+    )
+
+
+def _command(report: Mapping[str, Any], clean: Scrubber) -> str:
+    words = [clean.argument(str(word)) for word in report["command"]]
+    if not words:
+        return f"# called from Python with recipe {clean.text(report['recipe']['name'])!r}, see below"
+    return shlex.join(words)
+
+
+def _scores(report: Mapping[str, Any], clean: Scrubber) -> str:
+    found = score_table(clean.value(report["evaluation"]))
+    if found is None:
+        return "The pruned model was not evaluated in this run. Measure it before you rely on it."
+    missed = [f"- Quality gate missed: {escape(clean.text(text))}" for text in report["missed_gates"]]
+    return "\n".join([_score_rows(found), "", *(f"- {escape(note)}" for note in found.notes), *missed])
+
+
+def _score_rows(found: ScoreTable) -> str:
+    def name(index: int) -> str:
+        better = found.rows[index].better
+        return escape(found.rows[index].name) + (f" ({better} is better)" if better else "")
+
+    rows = enumerate(found.rows)
+    if not found.compared:
+        return table(["", "pruned"], [[name(index), row.pruned] for index, row in rows])
+    return table(
+        ["", "base", "pruned", "difference"],
+        [[name(index), row.base, row.pruned, row.difference] for index, row in rows],
+    )
+
+
+def _blocks(summary: Summary) -> str:
+    rows = []
+    for index, group in summary.by_block().items():
+        worst = max(group.linears, key=lambda linear: linear.output_error or linear.weight_error or 0.0)
+        rows.append(
+            [
+                str(index),
+                f"{group.sparsity:.3f}",
+                number(group.mean("weight_error")),
+                number(group.mean("output_error")),
+                code(worst.kind),
+            ]
+        )
+    header = ["block", "sparsity", "weight error", "output error", "most changed"]
+    return (
+        "Relative squared error, mean over the block's pruned matrices weighted by size; the output error takes inputs "
+        f"as uncorrelated. Every matrix, with charts: `report.html`.\n\n{table(header, rows)}"
+    )
+
+
+def _limits(report: Mapping[str, Any], summary: Summary) -> str:
+    before, after = report["bytes"]["source"], report["bytes"]["output"]
+    lines = [
+        f"Files are {size(after)} ({size(before)} before): zeros in dense tensors take as much room as other numbers, "
+        "and plain transformers computes with them at the same speed.",
+        "Fine-tuning, or merging an adapter, fills zeros again unless the mask is kept; `sparsekit inspect` shows it.",
+    ]
+    if report["evaluation"]:
+        lines.append(
+            "Quality was measured on the text and tasks above only; other languages, domains and safety behaviour "
+            "were not."
+        )
+    if summary.coverage < 1:
+        lines.append(f"{percent(1 - summary.coverage)} of the block weights stayed dense.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _versions(report: Mapping[str, Any]) -> str:
+    tools = ", ".join(f"{name} {version}" for name, version in report["tools"].items())
+    return f"Run {code(report['run_id'])}, {duration(report['seconds'])}, with {escape(tools)}."
+
+
+# --- markdown ----------------------------------------------------------------------------------------------
+def escape(text: str) -> str:
+    """Return text that Markdown shows as it is, on one line."""
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # An underscore inside a word is text already; elsewhere it would start emphasis.
+    flat = re.sub(r"([\\`*\[\]|~#!])", r"\\\1", flat)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", flat)
+
+
+def code(text: str) -> str:
+    """Return inline code."""
+    flat = " ".join(str(text).split()).replace("|", "\\|")
+    ticks = "`" * (1 + max((len(run) for run in re.findall(r"`+", flat)), default=0))
+    return f"{ticks} {flat} {ticks}" if "`" in flat else f"`{flat}`"
+
+
+def fenced(text: str, language: str) -> str:
+    """Return a code block whose content cannot end it."""
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{ticks}{language}\n{text}\n{ticks}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, all columns but the first aligned to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

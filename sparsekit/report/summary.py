@@ -1,0 +1,176 @@
+"""What a report says, added up: totals, per block, per kind of linear, and the one line that ends a run."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsekit.report.text import percent, short, size, to_float
+
+_BLOCK = re.compile(r"^(?P<stack>.*?)\.(?P<block>\d+)\.(?P<rest>.+)$")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$")
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """One pruned linear.
+
+    Attributes:
+        name: Dotted name.
+        block: Number of its block.
+        kind: Name inside the block; numbers, such as those of experts, are `*`.
+        kept, numel: Weights kept, and all.
+        weight_error: Squared change of the weights over their squares.
+        output_error: The same for the outputs, inputs taken as uncorrelated; None without calibration text.
+    """
+
+    name: str
+    block: int
+    kind: str
+    kept: int
+    numel: int
+    weight_error: float | None
+    output_error: float | None
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return 1 - self.kept / self.numel
+
+
+@dataclass(frozen=True)
+class Group:
+    """Several linears together: of one block, of one kind, or of both; errors are means weighted by size."""
+
+    linears: tuple[LinearResult, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return sum(linear.numel for linear in self.linears)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return 1 - sum(linear.kept for linear in self.linears) / self.numel
+
+    def mean(self, measure: str) -> float | None:
+        """Return the mean of `sparsity`, `weight_error` or `output_error`, weighted by size; None if unknown."""
+        if measure == "sparsity":
+            return self.sparsity
+        known = [(getattr(linear, measure), linear.numel) for linear in self.linears]
+        known = [(value, numel) for value, numel in known if value is not None]
+        total = sum(numel for _, numel in known)
+        return sum(value * numel for value, numel in known) / total if total else None
+
+    def range(self, measure: str) -> tuple[float, float] | None:
+        """Return the least and the greatest value among the linears; None if unknown."""
+        known = [value for linear in self.linears if (value := getattr(linear, measure)) is not None]
+        return (min(known), max(known)) if known else None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The prune stages of a report taken together.
+
+    Attributes:
+        linears: Every pruned linear once, in model order.
+        coverage: Share of all matrix weights of the blocks that were targets.
+    """
+
+    linears: tuple[LinearResult, ...]
+    coverage: float
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in all targets."""
+        return Group(self.linears).sparsity
+
+    @property
+    def with_zeros(self) -> int:
+        """Number of targets that lost weights."""
+        return sum(linear.kept < linear.numel for linear in self.linears)
+
+    def by_block(self) -> dict[int, Group]:
+        """Return the linears of each block, blocks in order."""
+        return _grouped(sorted(self.linears, key=lambda linear: linear.block), "block")
+
+    def by_kind(self) -> dict[str, Group]:
+        """Return the linears of each kind, in the order a block runs them."""
+        return _grouped(self.linears, "kind")
+
+    def worst(self, count: int) -> tuple[str, list[LinearResult]]:
+        """Return the measure and the `count` linears that changed most by it."""
+        measured = any(linear.output_error is not None for linear in self.linears)
+        measure = "output_error" if measured else "weight_error"
+        ranked = [linear for linear in self.linears if getattr(linear, measure) is not None]
+        return measure, sorted(ranked, key=lambda linear: -getattr(linear, measure))[:count]
+
+
+def summarise(report: Mapping[str, Any]) -> Summary:
+    """Add up the stages of a report.
+
+    Where two stages prune the same linear its zeros are those of the sparser one: no stage brings a weight back.
+    """
+    found: dict[str, LinearResult] = {}
+    whole = 0.0
+    for stage in report["stages"]:
+        whole = max(whole, stage["numel"] / stage["coverage"])
+        for name, facts in stage["linears"].items():
+            linear = _linear(name, facts)
+            before = found.get(name)
+            found[name] = linear if before is None or linear.kept <= before.kept else before
+    linears = tuple(found.values())
+    return Summary(linears, min(1.0, sum(linear.numel for linear in linears) / whole) if whole else 0.0)
+
+
+def one_line(report: Mapping[str, Any], out: Path | str | None = None) -> str:
+    """Return the last line of a run: zeros, coverage, bytes before and after, perplexity, where it lies.
+
+    Args:
+        report: Content of report.json.
+        out: The checkpoint folder; left out where None.
+    """
+    summary = summarise(report)
+    parts = [
+        f"{summary.sparsity:.2f} zeros in {summary.with_zeros}/{len(summary.linears)} target matrices "
+        f"({percent(summary.coverage)} of block weights)",
+        f"{size(report['bytes']['source'])} -> {size(report['bytes']['output'])}",
+    ]
+    evaluation = report.get("evaluation") or {}
+    if comparison := evaluation.get("comparison"):
+        dense, pruned = (to_float(comparison[key]["perplexity"]) for key in ("baseline", "model"))
+        ratio = to_float(comparison["ratio"])
+        if dense is not None and pruned is not None and ratio is not None:
+            times = f"{ratio:.2f}x" if ratio < 99.995 or math.isinf(ratio) else f"{short(ratio)}x"
+            parts.append(f"perplexity {short(dense)} -> {short(pruned)} ({times})")
+    elif evaluation.get("perplexity"):
+        parts.append(f"perplexity {short(float(evaluation['perplexity']['perplexity']))}")
+    if out is not None:
+        parts.append(str(out))
+    return ", ".join(parts)
+
+
+def _linear(name: str, facts: Mapping[str, Any]) -> LinearResult:
+    place = _BLOCK.match(name)
+    rest = place["rest"] if place else name
+    return LinearResult(
+        name=name,
+        block=int(place["block"]) if place else 0,
+        kind=_NUMBER.sub("*", rest),
+        kept=int(facts["kept"]),
+        numel=int(facts["numel"]),
+        weight_error=to_float(facts.get("weight_error")),
+        output_error=to_float(facts.get("output_error_diagonal")),
+    )
+
+
+def _grouped(linears: Iterable[LinearResult], key: str) -> dict[Any, Group]:
+    groups: dict[Any, list[LinearResult]] = {}
+    for linear in linears:
+        groups.setdefault(getattr(linear, key), []).append(linear)
+    return {name: Group(tuple(members)) for name, members in groups.items()}
