@@ -97,7 +97,7 @@ def recover(out: Path) -> None:
         ResourceError: The disk refuses.
     """
     place = Place.of(out)
-    if not place.leftovers():
+    if not place.leftovers() and not place.lock.exists():
         return
     lock = Lock.acquire(place.lock, str(place.out))
     try:

@@ -296,7 +296,8 @@ HOSTILE = [
     "..", ".", "", "/", "/etc/passwd", "//server/share", "../x", "a/../../x", "a/..", "a/./b", "a//b", "a/", "./a",
     "..\\x", "a\\b", "\\x", "\\\\server\\share\\x", "C:x", "C:\\x", "C:/x", "c:", "file:x", "x:stream", "a\0b", "\0",
     "a\nb", "a\tb", "a\x7f", "CON", "con.safetensors", "a/NUL", "aux.json", "COM1", "lpt9.txt", "COM¹", "a.", "a ",
-    " a", "a/b. /c", "x" * 256, "/".join(["x" * 100] * 11), "a*b", "a?b", 'a"b', "a<b", "a|b", "\uff0e\uff0e/x", "\u2025/x",
+    " a", "a/b. /c", "x" * 256, "/".join(["x" * 100] * 11), "a*b", "a?b", 'a"b', "a<b", "a|b",
+    "\uff0e\uff0e/x", "\u2025/x",
     "a\uff0fb", "a\u2044b", "a\u2215b", "\u202egpj.exe", "a\u200bb", "\ud800", "\uff41\uff1ab", "\uff3cx", "\u2028",
 ]  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -106,6 +107,8 @@ def test_f01_fault_at_every_call(
         assert trial.fired, where
         assert trial.state in (("old", "new") if over else ("absent", "new")), where
         states.add(trial.state)
+        if trial.state == "new":
+            assert [path.name for path in root.iterdir()] == ["out"], f"{where}: leftovers of a finished run"
         before = files_of(root)
         recover(root / "out")
         assert files_of(root) == before, f"{where}: recover is not idempotent"
@@ -115,6 +118,31 @@ def test_f01_fault_at_every_call(
         assert [path.name for path in root.iterdir()] == ["out"], f"{where}: leftovers"
     if mode in ("EIO", "kill", *POWER):  # both sides of the commit were hit
         assert states == ({"old", "new"} if over else {"absent", "new"})
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_nothing_half_removed_comes_back(
+    can_exchange: bool, folder: Path, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while removing the old checkpoint; then somebody deletes OUT: half an old one must not take its place."""
+    root, removals = folder / "root", 0
+    for number in range(1, 500):
+        out = prepare(root, over=True)
+        disk = FaultDisk(root, number, "kill", can_exchange=can_exchange)
+        processes.new()
+        monkeypatch.setattr(fs, "FS", disk)
+        with suppress(Kill):
+            save(out, 1)
+        if not disk.fired:
+            break
+        if files_of(out) not in (None, OLD):
+            shutil.rmtree(out)
+            removals += 1
+        processes.new()
+        monkeypatch.setattr(fs, "FS", FaultDisk(root))
+        recover(out)
+        assert files_of(out) in (None, OLD), disk.calls
+    assert removals >= 8
 
 
 @pytest.mark.parametrize("twice", [False, True])
