@@ -30,7 +30,7 @@ def number(value: float | None, *, sign: bool = False) -> str:
     plus = "+" if sign and value >= 0 else ""
     if value == 0 or not math.isfinite(value):
         return f"{plus}{value:.0f}"
-    magnitude = math.floor(math.log10(abs(value)))
+    magnitude = math.floor(math.log10(abs(float(f"{value:.3e}"))))  # of the rounded number: 9.9999 is 10.00
     if not -4 <= magnitude < 5:
         return f"{plus}{value:.3g}"
     return f"{plus}{value:,.{max(0, 3 - magnitude)}f}"
@@ -40,7 +40,7 @@ def with_error(value: float | None, stderr: float | None, *, sign: bool = False)
     """Return `value ± standard error`: the error to two digits, the value as far as it reaches."""
     if value is None or stderr is None or not (math.isfinite(value) and math.isfinite(stderr)) or stderr <= 0:
         return number(value, sign=sign)
-    decimals = 1 - math.floor(math.log10(stderr))
+    decimals = 1 - math.floor(math.log10(float(f"{stderr:.1e}")))
     if not 0 <= decimals <= 6:
         return f"{number(value, sign=sign)} ± {number(stderr)}"
     return f"{value:{'+' if sign else ''},.{decimals}f} ± {stderr:,.{decimals}f}"
@@ -50,7 +50,7 @@ def short(value: float) -> str:
     """Return three significant digits: `32.7`, `1,250`, `0.0123`."""
     if value == 0 or not math.isfinite(value):
         return f"{value:.0f}"
-    magnitude = math.floor(math.log10(abs(value)))
+    magnitude = math.floor(math.log10(abs(float(f"{value:.2e}"))))  # of the rounded number: 9.999 is 10.0
     return f"{value:,.{max(0, 2 - magnitude)}f}" if -4 <= magnitude < 6 else f"{value:.2g}"
 
 
@@ -70,7 +70,9 @@ def size(count: float) -> str:
         if abs(count) < 999.5 or unit == "TB":
             break
         count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 99.95 else f"{short(count)} {unit}"
+    if unit == "B":
+        return f"{count:.0f} B"
+    return f"{count:.{2 if count < 9.995 else 1 if count < 99.95 else 0}f} {unit}"
 
 
 def duration(seconds: float) -> str:
