@@ -23,6 +23,7 @@ from sparsekit.data.packing import TokenBlocks
 from sparsekit.errors import CheckpointError, PlanError
 from sparsekit.evaluate.evaluation import EvaluationReport, EvaluationRequest, evaluate
 from sparsekit.evaluate.gates import GatesSpec, check
+from sparsekit.evaluate.harness import find_tasks
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.source import ModelSource, open_model
 from sparsekit.plan import Cost, StagePlan, allocate, estimate, plan_stage, require_memory
@@ -129,6 +130,8 @@ def execute(
     require_memory(prepared.cost)
     fs.require_space(out, prepared.cost.disk_bytes, "the checkpoint")
     blocks = _calibration(prepared, reporter) if prepared.needs_data else None
+    if evaluation:
+        _check_evaluation(prepared, reporter)
     identity = _identity(prepared, blocks)
     if is_finished(out, identity):
         recover(out)  # a run killed right after its commit left its journal
@@ -137,7 +140,7 @@ def execute(
     with StagedCheckpoint.open(out, identity, overwrite=overwrite, resume=resume) as staged:
         results = _run_stages(prepared, blocks, staged, reporter, resume=resume)
         _write_model_files(prepared, staged)
-        scores = _evaluate(prepared, staged.folder, reporter) if evaluation else None
+        scores = _evaluate(prepared, staged, reporter) if evaluation else None
         missed = check(GatesSpec(**prepared.recipe.gates.model_dump()), scores) if scores else []
         report = {
             "schema": 1,
@@ -327,24 +330,36 @@ def _config(prepared: Prepared) -> bytes:
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _evaluate(prepared: Prepared, folder: Path, reporter: Reporter) -> EvaluationReport:
-    """Measure the staged checkpoint against the dense model."""
+def _evaluation_text(prepared: Prepared) -> TextSpec:
     spec = prepared.recipe.evaluate
-    source = prepared.source
+    length = min(spec.sequence_length or 2048, prepared.source.max_length)
+    return TextSpec(source=spec.text, samples=spec.samples, sequence_length=length)
 
-    def open_for_evaluation(name: str) -> tuple[Any, Any]:
-        opened = (
-            source
-            if name == source.name
-            else open_model(name, reporter, trust_remote_code=source.trust_remote_code)
-        )
+
+def _check_evaluation(prepared: Prepared, reporter: Reporter) -> None:
+    """Find out before the work, not after it, that text, tokenizer or tasks of the evaluation are missing."""
+    source = prepared.source
+    text = _evaluation_text(prepared)
+    load_blocks(text, source.tokenizer, model_max_length=source.max_length, part="held_out", reporter=reporter)
+    if prepared.recipe.evaluate.tasks:
+        find_tasks(prepared.recipe.evaluate.tasks, reporter=reporter)
+
+
+def _evaluate(prepared: Prepared, staged: StagedCheckpoint, reporter: Reporter) -> EvaluationReport:
+    """Measure the staged checkpoint, under the name it will have, against the dense model."""
+    source = prepared.source
+    name = staged.out.name
+
+    def open_for_evaluation(wanted: str) -> tuple[Any, Any]:
+        trust = source.trust_remote_code
+        opened = open_model(str(staged.folder), reporter, trust_remote_code=trust) if wanted == name else source
         return opened.load(), source.tokenizer
 
     request = EvaluationRequest(
-        model=str(folder),
-        baseline=source.name,
-        text=TextSpec(source=spec.text, samples=spec.samples, sequence_length=spec.sequence_length),
-        tasks=spec.tasks,
+        model=name,
+        baseline=source.label,
+        text=_evaluation_text(prepared),
+        tasks=prepared.recipe.evaluate.tasks,
         open_model=open_for_evaluation,
         reporter=reporter,
     )

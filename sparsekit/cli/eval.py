@@ -22,9 +22,7 @@ def evaluate(
         typer.Option("--text", metavar="SOURCE", help="builtin, a text file or glob, or a Hub data set; or none."),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Sequences of text.")] = 16,
-    sequence_length: Annotated[
-        int | None, typer.Option("--sequence-length", min=8, help="Tokens in a sequence; default min(2048, maximum).")
-    ] = None,
+    sequence_length: Annotated[int, typer.Option("--sequence-length", min=8, help="Tokens in a sequence.")] = 512,
     tasks: Annotated[
         str | None, typer.Option("--tasks", metavar="A,B", help="lm-eval tasks, separated by commas.")
     ] = None,

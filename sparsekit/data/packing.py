@@ -124,7 +124,7 @@ def _tokens(documents: Documents, tokenizer: Any, enough: int | None, reporter: 
     eos = tokenizer.eos_token_id
     between = [eos] if eos is not None else _encode(tokenizer, ["\n\n"])[0]
     task = "tokenise text"
-    reporter.start(task, enough, "token")
+    reporter.start(task, enough, "tokens")
     row: list[int] = []
     try:
         for batch in _batches(iter(documents.texts)):

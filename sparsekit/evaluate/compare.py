@@ -72,7 +72,7 @@ def compare(
     """
     check_blocks(model, blocks)
     check_blocks(baseline, blocks)
-    indices = track(range(blocks.samples), reporter or Silent(), "comparison", blocks.samples, "block")
+    indices = track(range(blocks.samples), reporter or Silent(), "comparison", blocks.samples, "sequences")
     rows = [_compare_block(model, baseline, blocks.ids[i], i, positions_at_once) for i in indices]
     loss, baseline_loss, kl, agreement = (torch.stack(column) for column in zip(*rows, strict=True))
     mine, other = (

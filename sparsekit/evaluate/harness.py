@@ -327,7 +327,7 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, reporter: Repor
 
 @contextlib.contextmanager
 def _step(reporter: Reporter, task: str, total: int | None) -> Iterator[None]:
-    reporter.start(task, total, "request")
+    reporter.start(task, total, "requests")
     try:
         yield
     finally:

@@ -89,7 +89,7 @@ def score(
     """
     check_blocks(model, blocks)
     rows = []
-    for index in track(range(blocks.samples), reporter or Silent(), task, blocks.samples, "block"):
+    for index in track(range(blocks.samples), reporter or Silent(), task, blocks.samples, "sequences"):
         ids = blocks.ids[index]
         logits = block_logits(model, ids)  # [sequence_length - 1, vocabulary]
         losses = [

@@ -6,6 +6,8 @@ Q4 and similar weights are rebuilt from few bits and tie massively: methods must
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -77,13 +79,14 @@ def _read(path: Path, dtype: str) -> tuple[Any, Any]:
     transformers_logging.disable_progress_bar()
     arguments = {"gguf_file": path.name, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **arguments)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            dtype=getattr(torch, _DTYPES[dtype]),
-            quantization_config=GgufConfig(dequantize=True),
-            **arguments,
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # the reader's own progress bar, which nothing turns off
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **arguments)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                dtype=getattr(torch, _DTYPES[dtype]),
+                quantization_config=GgufConfig(dequantize=True),
+                **arguments,
+            )
     except (ValueError, KeyError, TypeError, OSError, IndexError, NotImplementedError, RuntimeError) as error:
         text = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
         raise ModelError(

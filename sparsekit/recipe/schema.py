@@ -141,7 +141,7 @@ class EvaluateSpec(Section):
     )
     samples: int = Field(default=16, ge=1, description="number of token sequences")
     sequence_length: int | None = Field(
-        default=None, ge=8, description="tokens per sample; null: the model's maximum, at most 2048"
+        default=512, ge=8, description="tokens per sample; null: the model's maximum, at most 2048"
     )
     tasks: tuple[str, ...] = Field(default=(), description="lm-eval tasks")
 
