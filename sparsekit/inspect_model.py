@@ -32,6 +32,8 @@ _FLOATS = {  # bits that are not the sign, and the least of them that is no fini
     "F32": (2**31 - 1, 0xFF << 23),
     "F16": (0x7FFF, 0x7C00),
     "BF16": (0x7FFF, 0x7F80),
+    "F8_E5M2": (0x7F, 0x7C),
+    "F8_E4M3": (0x7F, 0x7F),  # has no infinity
 }
 _CONFIG_FACTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",

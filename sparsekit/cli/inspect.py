@@ -90,7 +90,7 @@ def _origin(found: Inspection) -> str:
     elif found.manifest_problem is not None:
         rows.append(("manifest", f"unusable: {found.manifest_problem}"))
     elif found.claim is not None:
-        claim = ", ".join(f"{key} {value}" for key, value in found.claim.items())
+        claim = ", ".join(f"{key} {value}" for key, value in sorted(found.claim.items()))
         stored = f"; stored zeros: {_ratio(found.sparsity)}" if found.weights_read else ""
         rows.append(("claim", f"config.json says {claim}{stored}; there is no manifest to compare with"))
     if found.nonfinite:

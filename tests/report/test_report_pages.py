@@ -188,7 +188,7 @@ def test_the_card_holds_command_recipe_scores_and_a_loading_example_that_runs(ou
     recipe = re.search(r"```yaml\n(.*?)\n```", card, re.DOTALL)[1]
     assert yaml.safe_load(recipe) == outcome.report["recipe"]
     ratio = outcome.report["evaluation"]["comparison"]["ratio"]
-    assert f"| Perplexity (lower is better) | " in card
+    assert "| Perplexity (lower is better) | " in card
     assert f"{ratio:.3f}"[:4] in card
     monkeypatch.chdir(outcome.out)
     names = {}
