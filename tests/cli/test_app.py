@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -69,12 +70,14 @@ def test_what_computes_nothing_imports_no_torch(arguments: list[str]) -> None:
 
 
 def test_help_takes_less_than_0_6_seconds() -> None:
+    """Processor time, which a busy machine does not stretch as it stretches the clock."""
     run("--help")  # writes the .pyc files
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert run("--help").returncode == 0
-        seconds.append(time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.6
 
 
