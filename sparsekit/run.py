@@ -160,8 +160,10 @@ def execute(
         written = pages(report, prepared.source.folder)
         for name, data in written.items():
             staged.write_file(name, data)
+        # A tensor that several stages pruned is what the last of them made of it.
+        tensors = {name: facts for result in results for name, facts in result.tensors.items()}
         committed = staged.commit(
-            {"layout": "dense", "tools": tools(), "tensors": results[-1].tensors, "base": report["model"]},
+            {"layout": "dense", "tools": tools(), "tensors": tensors, "base": _base(report["model"])},
             volatile=written.keys(),  # they hold timings
         )
     for position in range(len(prepared.plans) - 1):
@@ -376,6 +378,11 @@ def _describe_model(prepared: Prepared) -> dict[str, Any]:
         "blocks": prepared.model.blocks,
         **source.identity(),
     }
+
+
+def _base(model: dict[str, Any]) -> dict[str, Any]:
+    """Return the source model as the manifest names it: manifests are published, local paths are not."""
+    return {key: value for key, value in model.items() if key != "name"}
 
 
 def _describe_blocks(blocks: TokenBlocks | None) -> dict[str, Any] | None:
