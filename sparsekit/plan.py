@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sparsekit import budget as budgets
@@ -187,28 +189,61 @@ def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequenc
     )
 
 
-def require_memory(cost: Cost) -> None:
-    """Refuse a run that this machine's available memory cannot hold.
+def require_memory(peak_bytes: int, what: str, hint: str) -> None:
+    """Refuse what this machine's available memory cannot hold.
+
+    Args:
+        peak_bytes: Expected peak of resident memory, what this process holds already included.
+        what: What needs it, for the message.
+        hint: What to do about it.
 
     Raises:
         OutOfMemory: with needed and available bytes.
     """
     available = available_memory_bytes()
-    if available is not None and cost.memory_bytes > available:
+    if available is None:
+        return
+    more = peak_bytes - _statm(1)
+    if more > available:
         raise OutOfMemory(
-            f"the run needs about {cost.memory_bytes / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free",
-            hint="Lower calibration.samples or calibration.sequence_length, or use a machine with more memory.",
+            f"{what} needs about {more / 2**30:.1f} GiB more memory, {available / 2**30:.1f} GiB are free", hint=hint
         )
 
 
 def available_memory_bytes() -> int | None:
-    """Return the memory a new allocation could get, None where the system does not tell."""
+    """Return the memory a new allocation could get, None where the system does not tell.
+
+    A container's limit and a limit of the shell (`ulimit -v`) count where they are lower.
+    """
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
     except OSError:
         return None
-    return int(fields["MemAvailable"].split()[0]) << 10 if "MemAvailable" in fields else None
+    free = [int(fields["MemAvailable"].split()[0]) << 10] if "MemAvailable" in fields else []
+    limit, used, cached = _cgroup("memory.max"), _cgroup("memory.current"), _cgroup("memory.stat", "inactive_file")
+    if limit is not None and used is not None:
+        free.append(limit - used + (cached or 0))  # the kernel gives cached files back before it refuses
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        free.append(soft - _statm(0))
+    return max(0, min(free)) if free else None
+
+
+def _statm(field: int) -> int:
+    """Return a size of this process in bytes: 0 virtual, 1 resident. Linux only."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[field]) * resource.getpagesize()
+
+
+def _cgroup(name: str, field: str | None = None) -> int | None:
+    """Return a number of this process's cgroup, None without cgroup v2 or where there is no limit."""
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    if field is not None:
+        text = next((line.partition(" ")[2] for line in text.splitlines() if line.startswith(f"{field} ")), "")
+    return int(text) if text.isdigit() else None
 
 
 def _forward_seconds(model: LazyModel, plans: Sequence[StagePlan], tokens: int, sequence_length: int) -> float:

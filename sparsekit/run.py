@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import re
 import resource
 import sys
@@ -20,13 +21,13 @@ from sparsekit.contracts import AllocationContext
 from sparsekit.data.blocks import load_blocks
 from sparsekit.data.documents import TextSpec
 from sparsekit.data.packing import TokenBlocks
-from sparsekit.errors import CheckpointError, PlanError
+from sparsekit.errors import CalibrationError, CheckpointError, OutputExists, PlanError, UsageError
 from sparsekit.evaluate.evaluation import EvaluationReport, EvaluationRequest, evaluate
 from sparsekit.evaluate.gates import GatesSpec, check
 from sparsekit.evaluate.harness import find_tasks
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.source import ModelSource, open_model
-from sparsekit.plan import Cost, StagePlan, allocate, estimate, plan_stage, require_memory
+from sparsekit.plan import BASE_MEMORY_BYTES, Cost, StagePlan, allocate, estimate, plan_stage, require_memory
 from sparsekit.progress import Reporter
 from sparsekit.prune import StageResult, checkpoint_tensors, prune_stage
 from sparsekit.recipe.load import dump_yaml
@@ -82,6 +83,7 @@ class Outcome:
 def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
     """Plan a recipe for a model; refuses all that can be refused without reading weights or text."""
     model = source.lazy()
+    model.require_tensors()
     plans = tuple(
         plan_stage(model, stage, recipe.calibration.seed, where=f"stages.{position}")
         for position, stage in enumerate(recipe.stages)
@@ -127,7 +129,12 @@ def execute(
         SparsekitError: with what is wrong; `out` is then as it was.
     """
     start = time.perf_counter()
-    require_memory(prepared.cost)
+    _refuse_source(prepared.source, out)
+    if not evaluation:
+        _refuse_unchecked_gates(prepared.recipe)
+    if extra := prepared.model.extra:
+        reporter.note(f"{len(extra)} tensors have no place in the model and are copied unchanged, first {extra[0]}")
+    _require_memory(prepared, evaluation=evaluation)
     fs.require_space(out, prepared.cost.disk_bytes, "the checkpoint")
     blocks = _calibration(prepared, reporter) if prepared.needs_data else None
     if evaluation:
@@ -225,6 +232,54 @@ def _describe_plan(model: LazyModel, plan: StagePlan) -> dict[str, Any]:
     }
 
 
+def _refuse_source(source: ModelSource, out: Path) -> None:
+    """Refuse an OUT that holds the model or lies in its folder, whatever --overwrite says.
+
+    Raises:
+        OutputExists: with both paths.
+    """
+    place = Path(os.path.realpath(out))
+    folder = Path(os.path.realpath(source.folder))
+    given = Path(source.name).expanduser()  # a .gguf file, whose folder is a cache
+    weights = [source.weights.path(file) for file in source.weights.files]
+    for path in (folder, *weights, *([given] if given.exists() else [])):
+        if Path(os.path.realpath(path)).is_relative_to(place):
+            raise OutputExists(
+                f"holds the model that is to be pruned ({path})", where=str(out), hint="Choose another output with -o."
+            )
+    if place.is_relative_to(folder):
+        raise OutputExists(
+            f"lies in the folder of the model that is to be pruned ({folder})",
+            where=str(out),
+            hint="Choose another output with -o.",
+        )
+
+
+def _refuse_unchecked_gates(recipe: Recipe) -> None:
+    """A gate that is passed because nobody measured is worse than none."""
+    gates = recipe.gates.model_dump(exclude_defaults=True)
+    if gates:
+        raise UsageError(
+            f"--no-evaluate leaves the recipe's gates unchecked: {', '.join(gates)}",
+            hint="Leave --no-evaluate out, or take the gates out of the recipe.",
+        )
+
+
+def _require_memory(prepared: Prepared, *, evaluation: bool) -> None:
+    """Refuse before the work what would be killed in the middle of it, or at its end."""
+    require_memory(
+        prepared.cost.memory_bytes,
+        "the run",
+        "Lower calibration.samples or calibration.sequence_length, or use a machine with more memory.",
+    )
+    if evaluation:
+        require_memory(
+            BASE_MEMORY_BYTES + 2 * prepared.source.weights.total_bytes,
+            "measuring the pruned beside the dense model",
+            "Add --no-evaluate, and measure with sparsekit eval where there is more memory.",
+        )
+
+
 def tools() -> dict[str, str]:
     """Return the versions that a result depends on."""
     return {
@@ -243,9 +298,17 @@ def peak_memory_bytes() -> int:
 def _calibration(prepared: Prepared, reporter: Reporter) -> TokenBlocks:
     spec = TextSpec(**prepared.recipe.calibration.model_dump())
     source = prepared.source
-    return load_blocks(
+    blocks = load_blocks(
         spec, source.tokenizer, model_max_length=source.max_length, part="calibration", reporter=reporter
     )
+    highest, vocabulary = int(blocks.ids.max()), prepared.model.vocabulary
+    if highest >= vocabulary:
+        raise CalibrationError(
+            f"token id {highest:,} does not exist in the model's vocabulary of {vocabulary:,}",
+            where=blocks.source,
+            hint="Use the tokenizer that belongs to the model.",
+        )
+    return blocks
 
 
 def _identity(prepared: Prepared, blocks: TokenBlocks | None) -> dict[str, Any]:

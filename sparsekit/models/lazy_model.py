@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from sparsekit.checkpoint.source import WeightFiles
 from sparsekit.errors import CheckpointError, IndexMismatch
 from sparsekit.lazy import torch
+from sparsekit.models import headers
+from sparsekit.models.headers import Becomes
 from sparsekit.models.structure import Stack, find_stack
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class LazyModel:
         self.module.requires_grad_(False)
         self.stack: Stack = find_stack(self.module)
         self._mapping = get_model_conversion_mapping(self.module)
+        self._becomes = self._rename()
         self._keys = self._assign_keys()
         self._shards: dict[int, Path] = {}
 
@@ -67,6 +70,17 @@ class LazyModel:
     def blocks(self) -> int:
         """Number of decoder blocks."""
         return len(self.stack.blocks)
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Checkpoint tensors that the architecture has no place for; they are carried along unchanged."""
+        known = self.module.state_dict().keys()
+        return tuple(key for key, target in self._becomes.items() if not known & {*target.names})
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that have an embedding."""
+        return int(self.module.get_input_embeddings().weight.shape[0])
 
     def target_dtype(self, stored: torch.dtype | None) -> torch.dtype | None:
         """Return the dtype a tensor is written in: as stored, unless the user asked for another one."""
@@ -124,21 +138,35 @@ class LazyModel:
             known[key] = tensor
         return known
 
+    def require_tensors(self) -> None:
+        """Compare the headers of the weight files with the configuration; no weight is read. See `headers.check`."""
+        headers.check(self.module, self.weights, self._becomes)
+
     def _assign_keys(self) -> dict[int | None, tuple[str, ...]]:
-        """Ask transformers which parameter each checkpoint tensor becomes, and sort the tensors by block."""
+        """Sort the checkpoint tensors by block."""
+        keys: dict[int | None, list[str]] = {}
+        for key, becomes in self._becomes.items():
+            owner = self.stack.owner(becomes.names[0])
+            keys.setdefault(owner if owner is None or owner < len(self.stack.blocks) else None, []).append(key)
+        return {owner: tuple(names) for owner, names in keys.items()}
+
+    def _rename(self) -> dict[str, Becomes]:
+        """Ask transformers which parameter each checkpoint tensor becomes."""
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         expected = self.module.state_dict()
-        keys: dict[int | None, list[str]] = {}
+        found: dict[str, Becomes] = {}
         for key in sorted(self.weights.tensors):
-            name, _ = rename_source_key(key, renamings, converters, self.module.base_model_prefix, expected)
+            name, pattern = rename_source_key(key, renamings, converters, self.module.base_model_prefix, expected)
             if name not in expected and key in expected:
-                name = key
-            owner = self.stack.owner(name)
-            keys.setdefault(owner if owner is None or owner < len(self.stack.blocks) else None, []).append(key)
-        return {owner: tuple(names) for owner, names in keys.items()}
+                name, pattern = key, None
+            # A tensor that is split is named after its first part only.
+            parts = next((c.target_patterns for c in converters if pattern in c.source_patterns), [""])
+            names = tuple(name.replace(parts[0], part, 1) for part in parts)
+            found[key] = Becomes(names, plain=pattern is None)
+        return found
 
     def _load(self, index: int | None) -> None:
         from safetensors import safe_open
@@ -165,11 +193,7 @@ class LazyModel:
         where = "the model" if index is None else self.stack.prefix(index)
         if info.mismatched_keys:
             name, found, needed = sorted(info.mismatched_keys)[0]
-            raise CheckpointError(
-                f"{name} has shape {list(found)}, the configuration needs {list(needed)}",
-                where=str(self.weights.folder),
-                hint="config.json and weights do not belong together.",
-            )
+            raise headers.wrong_shape(name, found, needed, self.weights.folder)
         if info.conversion_errors:
             name, text = sorted(info.conversion_errors.items())[0]
             raise CheckpointError(f"{name} could not be converted: {text}", where=where)
@@ -184,11 +208,7 @@ class LazyModel:
         if missing:
             name = missing[0] if index is None else f"{self.stack.prefix(index)}.{missing[0]}"
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise IndexMismatch(
-                f"the weights hold no tensor for {name}{more}",
-                where=str(self.weights.folder),
-                hint="The checkpoint is incomplete, or config.json belongs to another model.",
-            )
+            raise headers.missing(f"{name}{more}", self.weights.folder)
 
 
 def _named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from sparsekit.checkpoint.source import WeightFiles, open_weights
 from sparsekit.errors import ModelError, RemoteCodeRefused, UnsupportedFamily, UsageError
 from sparsekit.lazy import torch
@@ -27,6 +29,12 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 _TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
+_SHOWN = 160  # characters of another library's message
+_CONFIG_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError, StrictDataclassError,
+)  # fmt: skip
 _DOWNLOAD = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "LICENSE*", "NOTICE*"]
 
 
@@ -57,10 +65,23 @@ class ModelSource:
     trust_remote_code: bool
 
     def lazy(self) -> LazyModel:
-        """Build the model with no block loaded."""
-        return LazyModel(
-            self.weights, self.config, self.dtype, cast=self.cast, trust_remote_code=self.trust_remote_code
-        )
+        """Build the model with no block loaded.
+
+        Raises:
+            ModelError: The configuration makes no causal language model.
+            UnsupportedFamily: Its blocks cannot be found.
+        """
+        try:
+            return LazyModel(
+                self.weights, self.config, self.dtype, cast=self.cast, trust_remote_code=self.trust_remote_code
+            )
+        except _CONFIG_ERRORS as error:  # whatever a constructor does with sizes and names that make no sense
+            raise ModelError(
+                f"no causal language model can be built from this configuration: {type(error).__name__}: "
+                f"{_short(error)}",
+                where=str(self.folder / "config.json"),
+                hint="Fetch config.json again, or check what was changed in it.",
+            ) from error
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -74,8 +95,10 @@ class ModelSource:
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # whatever a damaged tokenizer file raises
+            found = sorted(path.name for pattern in _TOKENIZER_FILES for path in self.folder.glob(pattern))
+            what = f"cannot be read: {type(error).__name__}: {_short(error)}" if found else "is not there"
             raise ModelError(
-                f"no usable tokenizer ({type(error).__name__}: {_first_line(error)})",
+                f"the tokenizer ({', '.join(found) or 'such as tokenizer.json'}) {what}",
                 where=str(self.folder),
                 hint="Put the tokenizer files of the original model beside the weights.",
             ) from error
@@ -109,7 +132,9 @@ class ModelSource:
         if report["missing_keys"] or report["mismatched_keys"]:
             names = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
             raise ModelError(
-                f"{len(names)} tensors are missing or of the wrong shape, first {names[0]}", where=str(self.folder)
+                f"{len(names)} tensors are missing or of the wrong shape, first {names[0]}",
+                where=str(self.folder),
+                hint="The checkpoint is incomplete, or config.json belongs to another model.",
             )
         model.eval()
         model.requires_grad_(False)
@@ -135,7 +160,7 @@ def open_model(
         raise UsageError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     path = Path(name).expanduser()
     commit: str | None = None
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         folder = import_gguf(path, "bf16" if dtype == "auto" else dtype, reporter)
         label = path.stem
     elif path.is_dir():
@@ -175,7 +200,7 @@ def _download(name: str, path: Path, revision: str | None, reporter: Reporter) -
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500:
             raise ModelError(
-                f"the Hub has no model {name!r} that this token may read ({_first_line(error)})",
+                f"the Hub has no model {name!r} that this token may read ({_short(error)})",
                 hint="Check the name and revision, and HF_TOKEN for gated models.",
             ) from error
         raise ModelError(
@@ -200,8 +225,8 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
                 where=str(settings),
                 hint="Read that code; if you trust it, add --trust-remote-code.",
             )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ModelError(
             f"the checkpoint is quantised ({method})",
             where=str(file),
@@ -209,10 +234,8 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        raise ModelError(
-            f"transformers cannot use this configuration: {_first_line(error)}", where=str(file)
-        ) from error
+    except _CONFIG_ERRORS as error:
+        raise _unusable_config(raw.get("model_type"), file, error) from error
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedFamily(
             f"{config.model_type} is an encoder-decoder model", where=str(file), hint="Need a causal language model."
@@ -220,13 +243,36 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     return config
 
 
+def _unusable_config(model_type: object, file: Path, error: BaseException) -> ModelError:
+    from transformers import CONFIG_MAPPING, __version__
+
+    if model_type not in CONFIG_MAPPING:
+        known = f"model_type {model_type!r} is unknown to transformers {__version__}"
+        return ModelError(
+            known if model_type is not None else "no model_type in it",
+            where=str(file),
+            hint="Check the name, or update transformers.",
+        )
+    return ModelError(
+        f"transformers {__version__} cannot use this {model_type} configuration: {_short(error)}",
+        where=str(file),
+        hint="Fetch config.json again, or check what was changed in it.",
+    )
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"not readable as JSON: {_first_line(error)}", where=str(file)) from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise ModelError(
+            f"not readable as JSON: {_short(error)}", where=str(file), hint="Fetch this file of the model again."
+        ) from error
     if not isinstance(value, dict):
-        raise ModelError(f"need a JSON object, got {type(value).__name__}", where=str(file))
+        raise ModelError(
+            f"need a JSON object, got {type(value).__name__}",
+            where=str(file),
+            hint="Fetch this file of the model again.",
+        )
     return value
 
 
@@ -250,5 +296,7 @@ def _dtype(weights: WeightFiles, wanted: str, folder: Path) -> torch.dtype:
     return dtype
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+def _short(error: BaseException) -> str:
+    """Return the beginning of another library's message on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN].rsplit(' ', 1)[0]} ..."
