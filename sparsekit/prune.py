@@ -118,13 +118,6 @@ def _prune_linear(
     linear: Linear, plan: StagePlan, budget: int, stats: Mapping[str, Stat]
 ) -> tuple[Tensor, dict[str, Any]]:
     dense = linear.weight().to(torch.float32)  # [out, in]
-    if not bool(torch.isfinite(dense).all()):
-        bad = int((~torch.isfinite(dense)).sum())
-        raise NonFinite(
-            f"{bad} of {dense.numel()} weights are NaN or infinite",
-            where=linear.name,
-            hint="The source checkpoint is damaged; get it again.",
-        )
     try:
         pruned = plan.pruner.fit(linear.info, dense, stats)(plan.pattern, budget)
     except SparsekitError as error:
@@ -191,7 +184,9 @@ def checkpoint_tensors(model: LazyModel, index: int | None, changed: Mapping[str
     headers: dict[Path, Any] = {}
     unknown = sorted(set(changed) - set(model.keys(index)))
     if unknown:
-        raise IndexMismatch(f"pruned tensor {unknown[0]} does not stand in the source block", where=str(model.weights.folder))
+        raise IndexMismatch(
+            f"pruned tensor {unknown[0]} does not stand in the source block", where=str(model.weights.folder)
+        )
     for key in model.keys(index):
         path = model.origin(index, key)
         if path not in headers:
@@ -201,11 +196,24 @@ def checkpoint_tensors(model: LazyModel, index: int | None, changed: Mapping[str
         target = model.target_dtype(stored)
         if key in changed:
             tensors[key] = to_raw(changed[key].to(target))
-        elif target != stored:
-            tensors[key] = to_raw(_load(path, key).to(target))
+        elif target is not None and target != stored:
+            tensors[key] = to_raw(_cast(_load(path, key), target, key))
         else:
             tensors[key] = read_raw(path, entry)
     return tensors
+
+
+def _cast(stored: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    """Return a tensor in the dtype that the user asked for; what does not fit into it is refused."""
+    cast = stored.to(dtype)
+    lost = int((torch.isfinite(stored) & ~torch.isfinite(cast)).sum())
+    if lost:
+        raise NonFinite(
+            f"{lost} of {stored.numel()} values overflow {str(dtype).removeprefix('torch.')}",
+            where=key,
+            hint="Run with --dtype bf16 or --dtype fp32.",
+        )
+    return cast
 
 
 def _load(path: Path, key: str) -> Tensor:

@@ -6,6 +6,7 @@ goes through a block, so results cannot depend on a batch size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +18,7 @@ from sparsekit.lazy import torch
 from sparsekit.models.capture import Call, capture, run_block
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.linears import Linear, tap_inputs
-from sparsekit.progress import Reporter
+from sparsekit.progress import Reporter, track
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,20 +92,17 @@ class _Walk:
     def run(self) -> Iterator[Visit]:
         if self.samples is not None:
             self._capture(self.samples)
-        self.reporter.start(self.task, self.model.blocks, "blocks")
-        try:
-            for index in range(self.model.blocks):
-                visit = Visit(self, index, self.model.load_block(index))
-                self.propagated = False
-                yield visit
-                if self.samples is not None and not self.propagated and index + 1 < self.model.blocks:
-                    self._forward(visit, keep=True)
-                if self.calls:
-                    self.calls[index] = []
-                self.model.release_block(index)
-                self.reporter.advance(self.task)
-        finally:
-            self.reporter.finish(self.task)
+        for index in track(range(self.model.blocks), self.reporter, self.task, self.model.blocks, "blocks"):
+            block = self.model.load_block(index)
+            _refuse_nonfinite_weights(self.model, block, index)
+            visit = Visit(self, index, block)
+            self.propagated = False
+            yield visit
+            if self.samples is not None and not self.propagated and index + 1 < self.model.blocks:
+                self._forward(visit, keep=True)
+            if self.calls:
+                self.calls[index] = []
+            self.model.release_block(index)
 
     def _capture(self, samples: Tensor) -> None:
         self.model.load_outer()
@@ -140,7 +138,8 @@ class _Walk:
                 collector.begin(sample)
             out = run_block(visit.block, self.hidden[sample], call)
             if out.shape != self.hidden[sample].shape:
-                raise SparsekitError(f"block returned {list(out.shape)}, got {list(self.hidden[sample].shape)}", where=where)
+                got = list(self.hidden[sample].shape)
+                raise SparsekitError(f"block returned {list(out.shape)}, got {got}", where=where)
             if keep:
                 _refuse_nonfinite(out, where, sample)
                 self.hidden[sample] = out
@@ -205,6 +204,23 @@ class _Collector:
                         notes.append(f"{name}: {stat.tokens} tokens, {key} filled up with the mean over all experts")
                         stat.merge(pooled, missing / pooled.tokens)
         return notes
+
+
+def _refuse_nonfinite_weights(model: LazyModel, block: nn.Module, index: int) -> None:
+    """Name the damaged tensor itself: left in, it shows as NaN activations of the linear behind it."""
+    for name, parameter in block.named_parameters():
+        # A float64 sum of such numbers is finite exactly if they all are, and needs no temporary of their size.
+        if math.isfinite(float(parameter.detach().sum(dtype=torch.float64))):
+            continue
+        bad = ~torch.isfinite(parameter)
+        flat = bad.reshape(-1).to(torch.uint8).argmax()
+        first = [int(place) for place in torch.unravel_index(flat, bad.shape)]
+        kind = "NaN" if bool(torch.isnan(parameter).any()) else "infinite"
+        raise NonFinite(
+            f"{int(bad.sum())} of {parameter.numel()} weights are {kind} (first at {first})",
+            where=f"{model.stack.prefix(index)}.{name}",
+            hint="Fetch the model again if it is stored so, or run with --dtype bf16 if --dtype fp16 overflows.",
+        )
 
 
 def _refuse_nonfinite(x: Tensor, where: str, sample: int) -> None:
