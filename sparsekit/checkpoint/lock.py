@@ -92,6 +92,11 @@ class Lock:
             time.sleep(_PAUSE_SECONDS)
         raise Locked("another process is taking the lock", where=what, hint=f"Try again, or remove {path}.")
 
+    @property
+    def held(self) -> bool:
+        """Whether it was not released yet."""
+        return self._held
+
     def release(self) -> None:
         """Give the lock back.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,7 +21,7 @@ from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.checkpoint.lock import Lock
 from sparsekit.checkpoint.recovery import Place, recover
 from sparsekit.checkpoint.safetensors_file import RawTensor, encode, encoded_size, read_header
-from sparsekit.errors import CheckpointError, IndexMismatch, ResumeMismatch
+from sparsekit.errors import CheckpointError, IndexMismatch, ResourceError, ResumeMismatch
 
 __all__ = ["JournalEntry", "StagedCheckpoint", "is_finished", "recover", "run_id_of"]
 
@@ -213,12 +214,20 @@ class StagedCheckpoint:
         """Release the lock; an uncommitted run stays for resuming. May be called again."""
         self._lock.release()
 
+    def _forget_if_empty(self) -> None:
+        """Remove a run that failed before its first shard: there is nothing to go on with."""
+        if not self._journal.entries:
+            with suppress(ResourceError):  # the error that led here is the one to report
+                recovery.drop_run(self._place, self.run_id)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, Exception | KeyboardInterrupt) and self._lock.held:
+            self._forget_if_empty()
         self.close()
 
     def _record(self, entry: JournalEntry) -> None:
@@ -257,8 +266,8 @@ def _begin(place: Place, identity: Mapping[str, JSON], *, resume: bool) -> Journ
     run_id = run_id_of(identity)
     for other in place.find(r"OUT\.partial-([0-9a-f]{16})\.journal"):
         journal = Journal.load(place.journal(other))
-        if journal is None or not resume:
-            recovery.drop_run(place, other)
+        if journal is None or not resume or (other != run_id and not journal.entries):
+            recovery.drop_run(place, other)  # unreadable, unwanted, or nothing finished that would be lost
         elif other != run_id:
             raise ResumeMismatch(
                 f"an interrupted run differs in {differences(journal.identity, identity)}",
