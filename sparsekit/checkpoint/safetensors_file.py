@@ -22,6 +22,7 @@ from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.errors import CheckpointError, HeaderError, TruncatedError, UnsafeFormat
 
 MAX_HEADER_BYTES = 100_000_000
+_DAMAGED = "Damaged, or no safetensors file: fetch it again."
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8,
     "F4": 4,
@@ -115,7 +116,9 @@ def read_header(path: Path) -> Header:
                 hint="Copy the file again.",
             )
         if length > MAX_HEADER_BYTES:
-            raise HeaderError(f"a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} allowed", where=str(path))
+            raise HeaderError(
+                f"a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} allowed", where=str(path), hint=_DAMAGED
+            )
         if length > size_bytes - 8:
             raise TruncatedError(
                 f"{size_bytes:,} bytes on disk, {length + 8:,} needed for the header alone",
@@ -123,11 +126,16 @@ def read_header(path: Path) -> Header:
                 hint="Truncated copy? Copy the file again.",
             )
         if start[8:9] != b"{":
-            raise HeaderError("the header does not begin with '{'", where=str(path))
+            raise HeaderError("the header does not begin with '{'", where=str(path), hint=_DAMAGED)
         handle.seek(8)
         data = handle.read(length)
-    metadata, tensors = _parse_header(jsonio.parse(data, where=str(path), error=HeaderError), str(path), 8 + length)
-    _check_tiling(tensors, str(path), 8 + length, size_bytes)
+    try:
+        parsed = jsonio.parse(data, where=str(path), error=HeaderError)
+        metadata, tensors = _parse_header(parsed, str(path), 8 + length)
+        _check_tiling(tensors, str(path), 8 + length, size_bytes)
+    except HeaderError as error:
+        error.hint = error.hint or _DAMAGED
+        raise
     return Header(path, metadata, tensors, size_bytes)
 
 
