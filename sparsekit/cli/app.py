@@ -23,11 +23,20 @@ import typer
 
 from sparsekit import __version__
 from sparsekit.cli import options, render
-from sparsekit.errors import DiskFull, Interrupted, OutOfMemory, PermissionRefused, SparsekitError
+from sparsekit.errors import (
+    DiskFull,
+    Interrupted,
+    OutOfMemory,
+    PermissionRefused,
+    ResourceError,
+    SparsekitError,
+    UsageError,
+)
 
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 EXIT_PIPE = 141
+_ALLOCATION = "DefaultCPUAllocator"  # torch has no exception of its own for memory that is not on a GPU
 
 # command, module, function: in the order of the help page; a module imports what is heavy inside its function
 COMMANDS = (
@@ -44,10 +53,35 @@ GROUPS = (("recipes", "sparsekit.cli.recipes", "commands"),)
 def main() -> None:
     """Entry point of the `sparsekit` command."""
     _stop_on_signals()
-    for stream in (sys.stdout, sys.stderr):
+    _open_streams()
+    try:
+        code = build()(prog_name="sparsekit", standalone_mode=False)
+    except typer.TyperException as error:  # what typer itself refuses, before a command runs
+        code = _report_usage(error)
+    except typer.Abort:
+        code = EXIT_INTERRUPTED
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_streams() -> None:
+    """Replace streams that the caller closed, and let no character end a command."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
+        stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):  # a C locale must not turn a result into a traceback
             stream.reconfigure(errors="backslashreplace")
-    build()(prog_name="sparsekit")
+
+
+def _report_usage(error: typer.TyperException) -> int:
+    """Say on one line what is wrong with the command line; return the exit code."""
+    text = error.format_message()
+    context = getattr(error, "ctx", None)
+    if context is None or not text:  # an empty message: the help page was the answer
+        return error.exit_code
+    hint = f"See: {context.command_path} --help"
+    render.show_error(UsageError(" ".join(text.split()), hint=hint), as_json="--json" in sys.argv[1:])
+    return error.exit_code
 
 
 @functools.cache
@@ -98,6 +132,7 @@ def guard(command: Callable[..., None]) -> Callable[..., None]:
         loudness = next((given[name] for name in names[options.Verbose]), 0)
         _prepare(quiet=chosen[options.Quiet], verbose=loudness)
         try:
+            _require_folder()
             command(**given)
             sys.stdout.flush()
         except typer.Exit:
@@ -139,7 +174,7 @@ def _expected(error: BaseException) -> SparsekitError | None:
     """Return the error as one of ours, None if nobody foresaw it."""
     if isinstance(error, SparsekitError):
         return error
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _ALLOCATION in str(error)):
         return OutOfMemory("not enough memory", hint="Close other programs, or use fewer or shorter samples.")
     if isinstance(error, OSError):
         where = str(error.filename) if error.filename else None
@@ -147,7 +182,19 @@ def _expected(error: BaseException) -> SparsekitError | None:
             return DiskFull("no space left", where=where, hint="Free some space, then run the same command again.")
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return PermissionRefused(str(error.strerror), where=where, hint="Check its permissions.")
+        if error.errno == errno.ENOMEM:
+            return _expected(MemoryError())
+        if error.errno in (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE):
+            return ResourceError(str(error.strerror), where=where, hint="Check disk and limits, then try again.")
     return None
+
+
+def _require_folder() -> None:
+    """Everything relative, and the default output, is in the current folder, which may have been removed."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ResourceError("the current folder no longer exists", hint="Change to one that does: cd") from error
 
 
 def _prepare(*, quiet: bool, verbose: int) -> None:

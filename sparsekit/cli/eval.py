@@ -55,7 +55,9 @@ def evaluate(
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     # Naming tasks alone means tasks alone; naming nothing means the built-in text.
     source = text or (None if names else "builtin")
-    spec = None if source in (None, "none") else TextSpec(source=str(source), samples=samples, sequence_length=sequence_length)
+    spec = None
+    if source not in (None, "none"):
+        spec = TextSpec(source=str(source), samples=samples, sequence_length=sequence_length)
     with render.reporter(quiet=quiet) as reporter:
 
         def open_for_evaluation(name: str) -> tuple[Any, Any]:
@@ -82,4 +84,4 @@ def evaluate(
     else:
         render.emit(render_table(report))
     if missed:
-        raise GateMissed("; ".join(missed), where=model)
+        render.end_with(GateMissed("; ".join(missed), where=model, hint="See the table for what was measured."))

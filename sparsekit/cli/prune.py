@@ -78,8 +78,10 @@ def prune(
             render.emit(render_table(outcome.evaluation))
         render.emit(f"{one_line(outcome.report)}, {outcome.out}")
     if outcome.missed_gates:
-        raise GateMissed(
-            "; ".join(outcome.missed_gates), where=str(outcome.out), hint="The checkpoint was written all the same."
+        render.end_with(
+            GateMissed(
+                "; ".join(outcome.missed_gates), where=str(outcome.out), hint="The checkpoint was written all the same."
+            )
         )
 
 

@@ -10,7 +10,9 @@ import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+import typer
 
 from sparsekit.errors import Interrupted, SparsekitError
 from sparsekit.progress import Reporter, Silent
@@ -111,6 +113,12 @@ def show_error(error: SparsekitError, *, as_json: bool) -> None:
         print(f"{prefix}{printable(line)}", file=sys.stderr)
 
 
+def end_with(error: SparsekitError) -> NoReturn:
+    """End a command whose result has been printed; with --json, standard output holds that document alone."""
+    show_error(error, as_json=False)
+    raise typer.Exit(error.exit_code)
+
+
 def error_document(kind: str, message: str, where: str | None, hint: str | None) -> Mapping[str, Any]:
     """Return the JSON document of an error."""
     return {"error": {"type": kind, "message": message, "where": where, "hint": hint}}
@@ -137,7 +145,11 @@ def reporter(*, quiet: bool) -> Iterator[Reporter]:
         with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
             yield BarReporter(progress)
     else:
-        yield LineReporter(sys.stderr)
+        lines = LineReporter(sys.stderr)
+        try:
+            yield lines
+        finally:
+            lines.close()
 
 
 class BarReporter:
@@ -199,10 +211,17 @@ class LineReporter:
         self.note(text)
 
     def finish(self, task: str) -> None:
-        """Print how much was done in what time."""
-        step = self._tasks.pop(task)
+        """Print how much was done in what time; once."""
+        step = self._tasks.pop(task, None)
+        if step is None:
+            return
         done = f"{step.done} {step.unit}" if step.done == step.total else _amount(step.done, step.total, step.unit)
         self.note(f"{task}: {done} in {seconds_text(self._clock() - step.started_at)}")
+
+    def close(self) -> None:
+        """Finish what an error left open: now, before the error is shown, not when its generator is collected."""
+        for task in list(self._tasks):
+            self.finish(task)
 
     def note(self, text: str) -> None:
         """Print the line."""

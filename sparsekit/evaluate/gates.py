@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -40,7 +39,7 @@ def check(gates: GatesSpec, report: EvaluationReport) -> list[str]:
             continue
         if got is None:
             missed.append(f"{name} was not measured, need at most {highest:g}; give a baseline and a text")
-        elif math.isnan(got) or got > highest:
+        elif not got <= highest:  # NaN on either side is a miss
             missed.append(f"{name} is {got:.4g}, need at most {highest:g} ({_measured_on(report)})")
     values = {f"{row.task}/{row.metric}": row for row in report.tasks}
     for key, lowest in sorted(gates.min_metrics.items()):
@@ -49,7 +48,7 @@ def check(gates: GatesSpec, report: EvaluationReport) -> list[str]:
             near = difflib.get_close_matches(key, values, n=1, cutoff=0.5)
             guess = f"; did you mean {near[0]!r}?" if near else ""
             missed.append(f"{key} was not measured, need at least {lowest:g}{guess}")
-        elif math.isnan(row.value) or row.value < lowest:
+        elif not row.value >= lowest:
             documents = f" ({row.samples} documents)" if row.samples else ""
             missed.append(f"{key} is {row.value:.4g}, need at least {lowest:g}{documents}")
     return missed
