@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekit import fs
+from sparsekit.checkpoint.lock import start_of
 from sparsekit.checkpoint.safetensors_file import RawTensor, encode
 from sparsekit.errors import ModelError
 from sparsekit.lazy import torch
@@ -50,26 +51,36 @@ def import_gguf(path: Path, dtype: str, reporter: Reporter) -> Path:
         raise ModelError(f"{path} does not exist", hint="Check the path.")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise ModelError("not a GGUF file (its first bytes are not 'GGUF')", where=str(path))
+            raise ModelError(
+                "not a GGUF file (its first bytes are not 'GGUF')", where=str(path), hint="Download it again."
+            )
     folder = cache_folder() / f"gguf-{fs.sha256_file(path).sha256[:16]}-{dtype}"
     if (folder / "config.json").is_file():  # written last: its presence means the folder is complete
         return folder
     reporter.note(f"unpacking {path.name} to {dtype} safetensors (once)")
     model, tokenizer = _read(path, dtype)
+    _remove_leftovers(folder)
     staged = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    fs.remove_tree(staged)
     fs.make_folder(staged)
     try:
         fs.write_file(staged / "model.safetensors", encode(_Tensors(_weights(model)), {"format": "pt"}))
         tokenizer.save_pretrained(staged)
         model.generation_config.save_pretrained(staged)
         fs.write_file(staged / "config.json", _config(model, dtype))
-        if folder.exists():
+        if not (folder / "config.json").is_file():  # else another process was faster, and may be reading it
             fs.remove_tree(folder)
-        fs.move(staged, folder)
+            fs.move(staged, folder)
     finally:
         fs.remove_tree(staged)
     return folder
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of unpacking the same file."""
+    for path in sorted(folder.parent.glob(f"{folder.name}.partial-*")):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and (int(pid) == os.getpid() or start_of(int(pid)) is None):
+            fs.remove_tree(path)
 
 
 def _read(path: Path, dtype: str) -> tuple[Any, Any]:
