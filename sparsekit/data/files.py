@@ -128,6 +128,8 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
                     where=f"{path}:{number}",
                     hint="Each line of a .jsonl file is one JSON object.",
                 ) from error
+            except RecursionError as error:
+                raise _too_deep(f"{path}:{number}") from error
             yield _field(record, field, f"{path}:{number}")
 
 
@@ -140,9 +142,15 @@ def _read_json(path: Path, field: str) -> Iterator[str]:
             where=f"{path}:{error.lineno}",
             hint="A .json file holds one list of objects or strings; for one object per line name it .jsonl.",
         ) from error
+    except RecursionError as error:
+        raise _too_deep(str(path)) from error
     records = loaded if isinstance(loaded, list) else [loaded]
     for number, record in enumerate(records):
         yield record if isinstance(record, str) else _field(record, field, f"{path}: record {number}")
+
+
+def _too_deep(where: str) -> CalibrationError:
+    return CalibrationError("JSON nested too deeply", where=where, hint="Each record is an object that holds text.")
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[str]:

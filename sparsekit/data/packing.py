@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DOCUMENTS_AT_ONCE = 32
+_SHORTEST = 8  # the least sequence_length of recipes and of `eval`
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _too_few(
     prefix = "--set calibration." if part == "calibration" else ""
     possible = tokens // samples + sequence_length - payload
     choices = [f"{prefix}samples={blocks}"] if blocks else []
-    choices += [f"{prefix}sequence_length={possible}"] if tokens >= samples else []
+    choices += [f"{prefix}sequence_length={possible}"] if possible >= _SHORTEST else []
     return TooFewTokens(
         f"{tokens:,} tokens = {blocks:,} blocks of {payload:,}, "
         f"need {samples:,} blocks = {samples * payload:,} tokens",
