@@ -117,3 +117,19 @@ def test_a_kept_weight_may_be_zero():
     keep = masks.select(weight, Unstructured(), 4, "row")
     masks.check(weight, keep, Unstructured(), 4, where="x")
     assert keep.tolist() == [[True, True, False, False]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_removed_weights_are_positive_zeros_and_kept_ones_keep_their_bits(dtype):
+    weight = torch.tensor([[-0.0, -1.5], [-2.5, 3.0]], dtype=dtype)
+    pruned = masks.ranked(weight, torch.tensor([[2.0, 1.0], [1.0, 2.0]]), "row")(Unstructured(), 2)
+    assert pruned.weight.tolist() == [[0.0, 0.0], [0.0, 3.0]]
+    assert pruned.weight.signbit().tolist() == [[True, False], [False, False]]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_the_chunks_of_the_ranking_do_not_matter(chunk, monkeypatch):
+    score = torch.randint(0, 9, (13, 10), generator=torch.Generator().manual_seed(0)).float()
+    monkeypatch.setattr(masks, "_PARTITION_ELEMENTS", chunk)
+    keep = masks.select(score, Unstructured(), 13 * 4, "row")
+    assert [row.tolist() for row in keep] == [brute_force(row.tolist(), 4) for row in score]
