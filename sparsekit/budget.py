@@ -26,9 +26,7 @@ def exact(value: float) -> Fraction:
     return Fraction(repr(value))
 
 
-def apportion(
-    quotas: Mapping[str, Fraction], capacity: Mapping[str, int], budget: int, unit: int
-) -> dict[str, int]:
+def apportion(quotas: Mapping[str, Fraction], capacity: Mapping[str, int], budget: int, unit: int) -> dict[str, int]:
     """Turn fractional quotas into integers that sum to `budget`.
 
     Largest remainder: each name gets its quota rounded down to a multiple of `unit`, what is left goes to the

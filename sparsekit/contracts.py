@@ -86,7 +86,7 @@ class LayerPruner(ABC, Generic[Options]):
 
     @abstractmethod
     def fit(self, linear: LinearInfo, weight: Tensor, stats: Stats) -> Level:
-        """Do the expensive part once for `weight: [out, in]` (float32, not to be modified); return any level cheaply."""
+        """Do the expensive part once for `weight: [out, in]` (float32, read only); return any level cheaply."""
 
 
 @dataclass(frozen=True)

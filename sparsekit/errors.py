@@ -131,6 +131,17 @@ class PatternViolation(MaskError):
     """A mask that breaks its pattern."""
 
 
+# --- packed tensors and kernels ----------------------------------------------------------------------------
+class KernelError(SparsekitError):
+    """A packed tensor that no kernel may see, or a machine without a kernel for it."""
+
+    exit_code = 3
+
+
+class BadIndex(KernelError):
+    """An index, offset or code in a packed tensor that would lead a kernel astray."""
+
+
 # --- models and data: exit 3 -------------------------------------------------------------------------------
 class ModelError(SparsekitError):
     """A model that cannot be opened or handled."""

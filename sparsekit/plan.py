@@ -22,6 +22,7 @@ from sparsekit.lazy import torch
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.pattern import NM, Pattern, parse_pattern
 from sparsekit.recipe.schema import PruneStage
+from sparsekit.units import bytes_text
 
 BASE_MEMORY_BYTES = 700 << 20  # Python, torch and transformers themselves
 
@@ -172,9 +173,7 @@ def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequenc
     largest_block = max(sum(p.numel() for p in block.parameters()) for block in model.stack.blocks)
     largest_linear = max(linear.numel for plan in plans for linear in plan.targets)
     outer = sum(
-        (e := location.entry).end - e.start
-        for key in model.keys(None)
-        for location in (model.weights.tensors[key],)
+        (e := location.entry).end - e.start for key in model.keys(None) for location in (model.weights.tensors[key],)
     )
     tokens = samples * sequence_length
     hidden = int(getattr(model.module.config, "hidden_size", 0) or 0)
@@ -206,7 +205,7 @@ def require_memory(peak_bytes: int, what: str, hint: str) -> None:
     more = peak_bytes - _statm(1)
     if more > available:
         raise OutOfMemory(
-            f"{what} needs about {more / 2**30:.1f} GiB more memory, {available / 2**30:.1f} GiB are free", hint=hint
+            f"{what} needs about {bytes_text(more)} more memory, {bytes_text(available)} are free", hint=hint
         )
 
 

@@ -1,0 +1,1 @@
+"""Allocators: one file each, its name is the key in recipes."""

@@ -40,9 +40,7 @@ class GlobalMagnitude(Allocator[GlobalMagnitudeOptions]):
                 f"allocate: global_magnitude ranks single weights, the pattern is {context.pattern}",
                 hint="Use pattern: unstructured, or allocate: uniform.",
             )
-        high = {
-            linear.name: _histogram(_bits(weight) >> 16) for linear, weight, _ in context.visit(frozenset())
-        }
+        high = {linear.name: _histogram(_bits(weight) >> 16) for linear, weight, _ in context.visit(frozenset())}
         high_bin, wanted = _locate(torch.stack(list(high.values())).sum(0), budget)
         low = {
             linear.name: _histogram(bits[(bits >> 16) == high_bin] & 0xFFFF)

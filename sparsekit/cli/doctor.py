@@ -14,6 +14,7 @@ import typer
 
 from sparsekit.cli import render
 from sparsekit.cli.options import Json
+from sparsekit.units import bytes_text
 
 _CPU_FLAGS = (
     "sse4_2",
@@ -177,7 +178,7 @@ def _shown(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if key.endswith("_bytes"):
-        return render.bytes_text(value)
+        return bytes_text(value)
     if isinstance(value, list):
         return ", ".join(value) or "none"
     return str(value)

@@ -30,9 +30,7 @@ def evaluate(
         Path | None, typer.Option("--include-path", metavar="DIR", help="Folder with task files of your own.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="First documents of each task only.")] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt.")
-    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt.")] = None,
     max_perplexity_ratio: Annotated[
         float | None, typer.Option("--max-perplexity-ratio", help="Gate: exit 6 above it.")
     ] = None,
@@ -51,6 +49,7 @@ def evaluate(
     from sparsekit.evaluate.gates import GatesSpec, check
     from sparsekit.evaluate.table import render_table
     from sparsekit.models.source import open_model
+    from sparsekit.plan import BASE_MEMORY_BYTES, require_memory
 
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     # Naming tasks alone means tasks alone; naming nothing means the built-in text.
@@ -58,11 +57,15 @@ def evaluate(
     spec = None
     if source not in (None, "none"):
         spec = TextSpec(source=str(source), samples=samples, sequence_length=sequence_length)
+    weights_bytes = 0
     with render.reporter(quiet=quiet) as reporter:
 
         def open_for_evaluation(name: str) -> tuple[Any, Any]:
             chosen = revision if name == model else None
             opened = open_model(name, reporter, revision=chosen, dtype=dtype, trust_remote_code=trust_remote_code)
+            nonlocal weights_bytes
+            weights_bytes += opened.weights.total_bytes
+            require_memory(BASE_MEMORY_BYTES + weights_bytes, f"evaluating {name}", "Use a machine with more memory.")
             return opened.load(), opened.tokenizer
 
         report = run_evaluation(

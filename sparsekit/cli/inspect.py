@@ -9,6 +9,7 @@ import typer
 
 from sparsekit.cli import render
 from sparsekit.cli.options import Json, Quiet, Revision, TrustRemoteCode
+from sparsekit.units import bytes_text, count_text
 
 if TYPE_CHECKING:
     from sparsekit.inspect_model import Inspection, Kind
@@ -41,7 +42,7 @@ def inspect(
 
 
 def _facts(found: Inspection) -> str:
-    stored = ", ".join(f"{name} {render.bytes_text(count)}" for name, count in found.dtypes.items())
+    stored = ", ".join(f"{name} {bytes_text(count)}" for name, count in found.dtypes.items())
     rows = [
         ("model", found.name),
         ("folder", str(found.folder) if str(found.folder) != found.name else ""),
@@ -50,9 +51,9 @@ def _facts(found: Inspection) -> str:
         ("blocks", f"{found.blocks}"),
         (
             "parameters",
-            f"{render.count_text(found.parameters)} stored, {_share(found.block_weights, found.parameters)}",
+            f"{count_text(found.parameters)} stored, {_share(found.block_weights, found.parameters)}",
         ),
-        ("files", f"{len(found.files)} safetensors, {render.bytes_text(found.total_bytes)} ({stored})"),
+        ("files", f"{len(found.files)} safetensors, {bytes_text(found.total_bytes)} ({stored})"),
         ("sizes", ", ".join(f"{name} {_value(value)}" for name, value in found.config.items())),
     ]
     return _pairs(rows)
@@ -63,14 +64,14 @@ def _linears(found: Inspection) -> str:
     header = ["linear", "count", "out x in", "weights", "zeros", *(["recorded"] if compared else [])]
     rows = [[*_kind(kind), *([_recorded(kind)] if compared else [])] for kind in found.kinds]
     numel = sum(kind.numel for kind in found.kinds)
-    total = ["all", f"{sum(kind.count for kind in found.kinds)}", "", render.count_text(numel), _ratio(found.sparsity)]
+    total = ["all", f"{sum(kind.count for kind in found.kinds)}", "", count_text(numel), _ratio(found.sparsity)]
     return render.table(header, [*rows, [*total, *([""] if compared else [])]], right=(1, 3, 4, 5))
 
 
 def _kind(kind: Kind) -> list[str]:
     shapes = [f"{rows} x {columns}" for rows, columns in kind.shapes]
     shape = ", ".join(shapes[:3]) + (f" and {len(shapes) - 3} more" if len(shapes) > 3 else "")
-    return [kind.name, f"{kind.count}", shape, render.count_text(kind.numel), _ratio(kind.sparsity)]
+    return [kind.name, f"{kind.count}", shape, count_text(kind.numel), _ratio(kind.sparsity)]
 
 
 def _recorded(kind: Kind) -> str:

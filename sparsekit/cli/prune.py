@@ -11,6 +11,7 @@ import typer
 from sparsekit.cli import render
 from sparsekit.cli.options import Dtype, Json, Quiet, RecipeName, Revision, Seed, Set, TrustRemoteCode, Verbose
 from sparsekit.errors import GateMissed
+from sparsekit.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from sparsekit.run import Prepared
@@ -101,10 +102,10 @@ def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:
         render.emit(f"{title}, {stage['coverage']:.1%} of the block weights")
         render.emit(render.table(["linear", "shape (out x in)", "sparsity", "pattern"], rows))
     cost: dict[str, Any] = plan["cost"]
-    render.emit(f"memory  about {render.bytes_text(cost['memory_bytes'])}")
-    render.emit(f"disk    {render.bytes_text(cost['disk_bytes'])}")
+    render.emit(f"memory  about {bytes_text(cost['memory_bytes'])}")
+    render.emit(f"disk    {bytes_text(cost['disk_bytes'])}")
     if cost["seconds"] is not None:
-        render.emit(f"time    about {render.seconds_text(cost['seconds'])} for {cost['tokens']:,} calibration tokens")
+        render.emit(f"time    about {seconds_text(cost['seconds'])} for {cost['tokens']:,} calibration tokens")
     render.emit(f"output  {plan['out']}")
 
 

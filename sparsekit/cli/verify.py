@@ -9,6 +9,7 @@ import typer
 
 from sparsekit.cli import render
 from sparsekit.cli.options import Json
+from sparsekit.units import bytes_text
 
 _SHOWN = 20  # problems; a damaged shard can have thousands
 _EXIT_PROBLEMS = 3
@@ -58,4 +59,4 @@ def verify(
 
 
 def _read(count: int) -> str:
-    return f"{render.bytes_text(count)} hashed" if count else "no content read; --level full hashes it"
+    return f"{bytes_text(count)} hashed" if count else "no content read; --level full hashes it"

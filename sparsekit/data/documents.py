@@ -42,9 +42,7 @@ class TextSpec:
         if self.samples is not None and self.samples < 1:
             raise CalibrationError(f"samples must be at least 1, got {self.samples}", where=self.source)
         if self.sequence_length is not None and self.sequence_length < 1:
-            raise CalibrationError(
-                f"sequence_length must be at least 1, got {self.sequence_length}", where=self.source
-            )
+            raise CalibrationError(f"sequence_length must be at least 1, got {self.sequence_length}", where=self.source)
 
 
 @dataclass(frozen=True)

@@ -177,9 +177,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
 
 def _field(record: Any, field: str, where: str) -> str:
     if not isinstance(record, dict):
-        raise CalibrationError(
-            f"need an object with the field {field!r}, got {type(record).__name__}", where=where
-        )
+        raise CalibrationError(f"need an object with the field {field!r}, got {type(record).__name__}", where=where)
     if field not in record:
         there = ", ".join(map(str, record)) or "none"
         raise CalibrationError(

@@ -69,9 +69,7 @@ def _articles(lines: Iterable[str], first_line: str) -> Iterator[str]:
         yield "\n\n".join(article)
 
 
-def _stream(
-    repo: str, config: str | None, split: str, field: str, part: Part, order: int | None
-) -> Iterator[str]:
+def _stream(repo: str, config: str | None, split: str, field: str, part: Part, order: int | None) -> Iterator[str]:
     """Yield the texts, shuffled by the data set's own means if `order` seeds it."""
     import datasets
 

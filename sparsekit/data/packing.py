@@ -162,8 +162,7 @@ def _too_few(
     choices = [f"{prefix}samples={blocks}"] if blocks else []
     choices += [f"{prefix}sequence_length={possible}"] if possible >= _SHORTEST else []
     return TooFewTokens(
-        f"{tokens:,} tokens = {blocks:,} blocks of {payload:,}, "
-        f"need {samples:,} blocks = {samples * payload:,} tokens",
+        f"{tokens:,} tokens = {blocks:,} blocks of {payload:,}, need {samples:,} blocks = {samples * payload:,} tokens",
         where=documents.description,
         hint=f"Use {' or '.join([*choices, 'a source with more text'])}.",
     )

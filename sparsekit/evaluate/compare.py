@@ -76,8 +76,7 @@ def compare(
     rows = [_compare_block(model, baseline, blocks.ids[i], i, positions_at_once) for i in indices]
     loss, baseline_loss, kl, agreement = (torch.stack(column) for column in zip(*rows, strict=True))
     mine, other = (
-        summarise(TokenLosses(per_token, blocks.source, blocks.sequence_length))
-        for per_token in (loss, baseline_loss)
+        summarise(TokenLosses(per_token, blocks.source, blocks.sequence_length)) for per_token in (loss, baseline_loss)
     )
     paired = loss - baseline_loss  # [samples, sequence_length - 1] float64
     difference = float(paired.mean())

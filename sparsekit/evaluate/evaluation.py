@@ -130,9 +130,7 @@ def evaluate(request: EvaluationRequest) -> EvaluationReport:
     blocks = None
     if request.text is not None:
         maximum = model_max_length(model, tokenizer)
-        blocks = load_blocks(
-            request.text, tokenizer, model_max_length=maximum, part="held_out", reporter=reporter
-        )
+        blocks = load_blocks(request.text, tokenizer, model_max_length=maximum, part="held_out", reporter=reporter)
     perplexity, comparison, reference = None, None, None
     if request.baseline is None:
         if blocks is not None:

@@ -103,9 +103,7 @@ def run_tasks(
         for task in loaded["tasks"].values():
             _set_fewshot(task, num_fewshot)
         lm = _language_model(model, tokenizer, batch_size, reporter)
-        results = lm_eval.evaluator.evaluate(
-            lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True
-        )
+        results = lm_eval.evaluator.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     return parse_results(results)
 
 
@@ -159,9 +157,7 @@ def parse_results(results: Any) -> list[TaskMetric]:
                 if metric is not None:
                     metrics.setdefault((task, metric.metric), metric)
     if not metrics:
-        raise EvaluationError(
-            "lm-eval returned no metric", where=", ".join(results.get("results") or {}) or "tasks"
-        )
+        raise EvaluationError("lm-eval returned no metric", where=", ".join(results.get("results") or {}) or "tasks")
     return list(metrics.values())
 
 
@@ -226,9 +222,7 @@ def _load(tasks: Sequence[str], include_path: str | Path | None, reporter: Repor
         ) from error
 
 
-def _resolve(
-    tasks: Sequence[str], include_path: str | Path | None, reporter: Reporter
-) -> tuple[Any, list[str]]:
+def _resolve(tasks: Sequence[str], include_path: str | Path | None, reporter: Reporter) -> tuple[Any, list[str]]:
     """Return a TaskManager that knows all `tasks`, and their names with wildcards resolved."""
     from lm_eval.tasks import TaskManager
 

@@ -27,14 +27,6 @@ def render_table(report: EvaluationReport) -> str:
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
-def render_markdown(report: EvaluationReport) -> str:
-    """Return `report` as a Markdown table with its notes as a list."""
-    header, rows = _cells(report)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"{table}\n\n" + "".join(f"- {note}\n" for note in _notes(report))
-
-
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     first = cells[0].ljust(widths[0])
     return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]).rstrip()

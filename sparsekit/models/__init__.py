@@ -1,0 +1,1 @@
+"""Models on disk: opened, found by structure, loaded one block at a time."""

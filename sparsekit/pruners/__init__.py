@@ -1,0 +1,1 @@
+"""Pruners: one file each, its name is the key in recipes."""

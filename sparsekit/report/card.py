@@ -12,7 +12,8 @@ from typing import Any
 from sparsekit.recipe.load import dump_yaml
 from sparsekit.report.scores import ScoreTable, score_table
 from sparsekit.report.summary import Summary, summarise
-from sparsekit.report.text import Scrubber, duration, is_hub_id, number, percent, size
+from sparsekit.report.text import Scrubber, is_hub_id, number, percent
+from sparsekit.units import bytes_text, seconds_text
 
 README = "README.md"
 TAGS = ("sparsekit", "pruned", "sparse")
@@ -228,7 +229,7 @@ def _blocks(summary: Summary) -> str:
 def _limits(report: Mapping[str, Any], summary: Summary) -> str:
     before, after = report["bytes"]["source"], report["bytes"]["output"]
     lines = [
-        f"Files are {size(after)} ({size(before)} before): zeros in dense tensors take as much room as other numbers, "
+        f"Files are {bytes_text(after)} ({bytes_text(before)} before): zeros in dense tensors take as much room as other numbers, "
         "and plain transformers computes with them at the same speed.",
         "Fine-tuning, or merging an adapter, fills zeros again unless the mask is kept; `sparsekit inspect` shows it.",
     ]
@@ -244,7 +245,7 @@ def _limits(report: Mapping[str, Any], summary: Summary) -> str:
 
 def _versions(report: Mapping[str, Any]) -> str:
     tools = ", ".join(f"{name} {version}" for name, version in report["tools"].items())
-    return f"Run {code(report['run_id'])}, {duration(report['seconds'])}, with {escape(tools)}."
+    return f"Run {code(report['run_id'])}, {seconds_text(report['seconds'])}, with {escape(tools)}."
 
 
 # --- markdown ----------------------------------------------------------------------------------------------

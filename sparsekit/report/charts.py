@@ -161,7 +161,7 @@ def line_chart(summary: Summary, measure: str) -> LineChart | None:
 
 def axis(highest: float) -> list[float]:
     """Return about five round numbers from 0 to at least `highest`."""
-    if highest <= 0 or not math.isfinite(highest):
+    if highest <= 1e-12 or not math.isfinite(highest):  # below what the ticks are rounded to
         return [0.0, 1.0]
     rough = highest / 4
     power = 10.0 ** math.floor(math.log10(rough))

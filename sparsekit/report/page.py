@@ -12,7 +12,8 @@ from sparsekit.report import charts
 from sparsekit.report.card import hub_id, scrubber
 from sparsekit.report.scores import score_table
 from sparsekit.report.summary import Summary, one_line, summarise
-from sparsekit.report.text import TIMES, Scrubber, duration, number, percent, short, size, to_float
+from sparsekit.report.text import TIMES, Scrubber, number, percent, short, to_float
+from sparsekit.units import bytes_text, seconds_text
 
 TEMPLATE = "report.html.j2"
 _WORST = 12  # matrices in the list of the most changed
@@ -74,9 +75,9 @@ def _tiles(report: Mapping[str, Any], summary: Summary) -> list[tuple[str, str, 
         )
         if base is not None and pruned is not None and ratio is not None:
             tiles.append(("Perplexity", f"{TIMES} {short(ratio)}", f"{short(base)} before, {short(pruned)} after"))
-    tiles.append(("Files", size(after), f"{size(before)} before; zeros in dense tensors still take room"))
-    memory = f"peak memory {size(report['peak_memory_bytes'])}"
-    tiles.append(("Time", duration(report["seconds"]), memory))
+    tiles.append(("Files", bytes_text(after), f"{bytes_text(before)} before; zeros in dense tensors still take room"))
+    memory = f"peak memory {bytes_text(report['peak_memory_bytes'])}"
+    tiles.append(("Time", seconds_text(report["seconds"]), memory))
     return tiles
 
 
@@ -121,8 +122,8 @@ def _facts(report: Mapping[str, Any], summary: Summary, clean: Scrubber) -> list
     run = [
         ("command", shlex.join(clean.argument(str(word)) for word in report["command"]) or "called from Python"),
         ("run", report["run_id"]),
-        ("time", duration(report["seconds"])),
-        ("peak memory", size(report["peak_memory_bytes"])),
+        ("time", seconds_text(report["seconds"])),
+        ("peak memory", bytes_text(report["peak_memory_bytes"])),
         ("bytes before", f"{report['bytes']['source']:,}"),
         ("bytes after", f"{report['bytes']['output']:,}"),
     ]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekit.report.text import percent, short, size, to_float
+from sparsekit.report.text import percent, short, to_float
+from sparsekit.units import bytes_text
 
 _BLOCK = re.compile(r"^(?P<stack>.*?)\.(?P<block>\d+)\.(?P<rest>.+)$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$")
@@ -139,7 +140,7 @@ def one_line(report: Mapping[str, Any], out: Path | str | None = None) -> str:
     parts = [
         f"{summary.sparsity:.2f} zeros in {summary.with_zeros}/{len(summary.linears)} target matrices "
         f"({percent(summary.coverage)} of block weights)",
-        f"{size(report['bytes']['source'])} -> {size(report['bytes']['output'])}",
+        f"{bytes_text(report['bytes']['source'])} -> {bytes_text(report['bytes']['output'])}",
     ]
     evaluation = report.get("evaluation") or {}
     if comparison := evaluation.get("comparison"):

@@ -64,27 +64,6 @@ def percent(share: float) -> str:
     return f"{rounded:.1f} %"
 
 
-def size(count: float) -> str:
-    """Return a number of bytes in decimal units, as the Hub shows them: `269 MB`, `2.20 GB`."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 999.5 or unit == "TB":
-            break
-        count /= 1000
-    if unit == "B":
-        return f"{count:.0f} B"
-    return f"{count:.{2 if count < 9.995 else 1 if count < 99.95 else 0}f} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration: `0.4 s`, `54 s`, `3 min 20 s`, `2 h 5 min`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def is_hub_id(text: str) -> bool:
     """Tell whether `text` can be the id of a model on the Hub."""
     return _HUB_ID.fullmatch(text) is not None and ".." not in text and "--" not in text

@@ -1,0 +1,1 @@
+"""Streaming statistics of the inputs of linears: one file each."""

@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 
 from sparsekit.cli.render import (
     LineReporter,
-    bytes_text,
-    count_text,
     emit_json,
     printable,
-    seconds_text,
     table,
 )
 from sparsekit.progress import track
+from sparsekit.units import bytes_text, count_text, seconds_text
 
 
 def test_table() -> None:
@@ -138,6 +136,7 @@ _SCRIPT = """
 import time
 from sparsekit.cli import render
 from sparsekit.progress import track
+from sparsekit.units import bytes_text, count_text, seconds_text
 with render.reporter(quiet={quiet}) as reporter:
     for item in track(range(4), reporter, "prune", 4, "blocks"):
         time.sleep(0.01)

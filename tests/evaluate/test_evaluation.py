@@ -24,7 +24,7 @@ from sparsekit.evaluate.evaluation import (
 from sparsekit.evaluate.gates import GatesSpec, check
 from sparsekit.evaluate.harness import TaskMetric, find_tasks, parse_results, run_tasks, shipped_tasks
 from sparsekit.evaluate.perplexity import Perplexity
-from sparsekit.evaluate.table import WIDTH, render_markdown, render_table
+from sparsekit.evaluate.table import WIDTH, render_table
 from sparsekit.progress import Silent
 from tests.support.byte_model import byte_model, byte_tokenizer
 
@@ -138,8 +138,7 @@ def test_a_group_of_local_tasks_from_another_folder(
     for name in ("one", "two"):
         write_task(tasks, name, [{"question": name, "answer": "x"}] * 3)
     (tasks / "both.yaml").write_text(
-        "group: both\ntask: [one, two]\n"
-        "aggregate_metric_list: [{metric: exact_match, weight_by_size: true}]\n"
+        "group: both\ntask: [one, two]\naggregate_metric_list: [{metric: exact_match, weight_by_size: true}]\n"
     )
     metrics = run_tasks(*models["dense"], ["both"], include_path=tasks, limit=2)
     assert {metric.task: metric.samples for metric in metrics}["one"] == 2
@@ -269,9 +268,7 @@ def test_evaluation_with_baseline_tasks_and_json(models: dict[str, Any]) -> None
 def test_a_model_beside_itself_differs_in_nothing(models: dict[str, Any]) -> None:
     same = {"pruned": models["dense"], "dense": models["dense"]}
     report = evaluate(
-        request(
-            same, baseline="dense", text=TextSpec(samples=2, sequence_length=32), tasks=SMOKE[:1], limit=3
-        )
+        request(same, baseline="dense", text=TextSpec(samples=2, sequence_length=32), tasks=SMOKE[:1], limit=3)
     )
     assert report.comparison is not None
     assert (report.comparison.kl, report.comparison.ratio) == (0.0, 1.0)
@@ -313,9 +310,7 @@ def report(ratio: float = 1.2, kl: float = 0.3, baseline: str | None = "org/dens
         TaskRow("a_task_with_quite_a_long_name_indeed", "word_perplexity,some-filter", 1e9, None,
                 *((12.5, None, 1e9, None) if both else (None,) * 4), False, 62),
     )  # fmt: skip
-    return EvaluationReport(
-        "/home/x/out/model-wanda-50", baseline, mine, comparison, rows, "f" * 64, None, None, 3
-    )
+    return EvaluationReport("/home/x/out/model-wanda-50", baseline, mine, comparison, rows, "f" * 64, None, None, 3)
 
 
 def test_gates_that_hold_say_nothing() -> None:
@@ -355,14 +350,6 @@ def test_tables_fit_and_name_text_and_length(baseline: str | None, ratio: float)
     assert "examples in the prompt: 3" in flat
     assert "model-wanda-50" in flat
     assert "/home/x" not in shown
-
-
-def test_markdown_table_is_a_table() -> None:
-    lines = render_markdown(report()).splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    assert len(table) == 2 + 4 + 2
-    assert {line.count("|") for line in table} == {5}
-    assert "| perplexity | 1,234.6 ± 9.9 | 1,481 ± 12 | x 1.200 |" in table
 
 
 def test_infinite_numbers_survive_json() -> None:

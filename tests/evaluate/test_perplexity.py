@@ -55,18 +55,14 @@ def test_losses_against_float64_by_hand(model: Any) -> None:
     result = summarise(losses)
     assert result.perplexity == pytest.approx(math.exp(expected.mean()), rel=1e-6)
     block_means = expected.mean(axis=1)
-    assert result.stderr == pytest.approx(
-        result.perplexity * block_means.std(ddof=1) / math.sqrt(5), rel=1e-5
-    )
+    assert result.stderr == pytest.approx(result.perplexity * block_means.std(ddof=1) / math.sqrt(5), rel=1e-5)
     assert (result.tokens, result.sequence_length, result.source) == (80, 17, "random ids")
 
 
 @pytest.mark.parametrize("positions_at_once", [1, 3, 16, 1000])
 def test_the_result_does_not_depend_on_the_chunk(model: Any, other: Any, positions_at_once: int) -> None:
     data = blocks()
-    assert torch.equal(
-        score(model, data, positions_at_once=positions_at_once).per_token, score(model, data).per_token
-    )
+    assert torch.equal(score(model, data, positions_at_once=positions_at_once).per_token, score(model, data).per_token)
     assert compare(model, other, data, positions_at_once=positions_at_once) == compare(model, other, data)
 
 
@@ -94,9 +90,7 @@ def test_comparison_against_numpy(model: Any, other: Any) -> None:
     paired = np.array(losses) - np.array(reference)
     assert result.loss_difference == pytest.approx(paired.mean(), rel=1e-4, abs=1e-6)
     assert result.ratio == pytest.approx(math.exp(paired.mean()), rel=1e-5)
-    assert result.loss_difference_stderr == pytest.approx(
-        paired.mean(axis=1).std(ddof=1) / math.sqrt(7), rel=1e-4
-    )
+    assert result.loss_difference_stderr == pytest.approx(paired.mean(axis=1).std(ddof=1) / math.sqrt(7), rel=1e-4)
     assert result.kl == pytest.approx(np.mean(kl), rel=1e-5)
     assert result.kl_stderr == pytest.approx(np.mean(kl, axis=1).std(ddof=1) / math.sqrt(7), rel=1e-4)
     assert result.top1_agreement == pytest.approx(np.mean(agreement))

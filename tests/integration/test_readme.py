@@ -57,7 +57,10 @@ def test_every_command_block_runs_in_order(place):
 
 
 def test_every_python_block_runs(place, tmp_path):
-    run("[ -d my-model-wanda-50 ] || sparsekit prune ./my-model -r magnitude-50 --no-evaluate -o my-model-wanda-50", place)
+    run(
+        "[ -d my-model-wanda-50 ] || sparsekit prune ./my-model -r magnitude-50 --no-evaluate -o my-model-wanda-50",
+        place,
+    )
     programs = [text for language, text in BLOCKS if language == "python"]
     assert len(programs) == 2
     for program in programs:

@@ -37,7 +37,9 @@ def llama(tmp_path_factory):
     return tiny.save("llama", tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gemma2", "falcon", "bloom", "mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "phi3", "gemma2", "falcon", "bloom", "mixtral", "qwen3_moe", "gpt_oss"]
+)
 def test_a_pruned_model_loads_with_plain_transformers(family, tmp_path):
     folder = tiny.save(family, tmp_path / "model")
     outcome = prune(folder, tmp_path / "out")
@@ -90,9 +92,7 @@ def test_every_method_pattern_and_level_keeps_exact_counts(recipe, sets, llama, 
     sparsity = stage["sparsity"]
     assert abs(stage["kept"] - (1 - sparsity) * stage["numel"]) < 8
     assert verify(tmp_path / "out", "semantic").problems == ()
-    zeros = sum(
-        int((tensor == 0).sum()) for name, tensor in tensors(tmp_path / "out").items() if "proj" in name
-    )
+    zeros = sum(int((tensor == 0).sum()) for name, tensor in tensors(tmp_path / "out").items() if "proj" in name)
     assert zeros >= stage["numel"] - stage["kept"]
 
 

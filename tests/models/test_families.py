@@ -76,7 +76,7 @@ def test_replay_equals_forward_before_and_after_pruning(family, folders):
             linear.replace(halved)
         prefix = model.stack.prefix(visit.index) + "."
         changed |= {k: v.clone() for k, v in model.module.state_dict().items() if k.startswith(prefix)}
-    missing, unexpected = reference.load_state_dict(changed, strict=False)
+    _, unexpected = reference.load_state_dict(changed, strict=False)
     assert not unexpected
     again = record(reference, samples)
     assert inputs.keys() == again.keys()
@@ -128,8 +128,8 @@ def test_inputs_of_experts_are_what_the_experts_compute_with(family, folders):
 
         experts = next(m for m in visit.block.modules() if is_experts(m))
         calls = {}
-        handle = experts.register_forward_hook(lambda m, args, out: calls.update(args=args, out=out))
-        handles = tap_inputs(visit.linears, lambda name, x: taps.__setitem__(name, x.clone()))
+        handle = experts.register_forward_hook(lambda m, args, out, calls=calls: calls.update(args=args, out=out))
+        handles = tap_inputs(visit.linears, lambda name, x, taps=taps: taps.__setitem__(name, x.clone()))
         run_block(visit.block, visit._walk.hidden[0], visit._walk.calls[visit.index][0])
         for h in (*handles, handle):
             h.remove()

@@ -91,7 +91,8 @@ def test_global_magnitude_counts_are_those_of_one_sort_of_all_weights(levels, sh
     generator = torch.Generator().manual_seed(1)
     linears = [LinearInfo(f"l{i}", 0, 5, 7 + i) for i in range(4)]
     weights = {
-        linear.name: (torch.randint(-levels, levels, (5, linear.in_features), generator=generator) / 7).float() * (i + 1)
+        linear.name: (torch.randint(-levels, levels, (5, linear.in_features), generator=generator) / 7).float()
+        * (i + 1)
         for i, linear in enumerate(linears)
     }
 
@@ -123,7 +124,7 @@ def test_wanda_through_the_walker_equals_wanda_by_hand(family, tmp_path):
         inputs: dict[str, list[torch.Tensor]] = {linear.name: [] for linear in targets}
         handles = [
             reference.get_submodule(name).register_forward_pre_hook(
-                lambda m, args, name=name: inputs[name].append(args[0].reshape(-1, args[0].shape[-1]).double())
+                lambda m, args, seen=inputs[name]: seen.append(args[0].reshape(-1, args[0].shape[-1]).double())
             )
             for name in inputs
         ]

@@ -67,21 +67,6 @@ def test_all_and_nothing_are_only_said_when_true(share, shown):
     assert text.percent(share) == shown
 
 
-@pytest.mark.parametrize(
-    ("count", "shown"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.00 kB"),
-        (269_030_016, "269 MB"),
-        (2_200_000_000, "2.20 GB"),
-        (999_600, "1.00 MB"),
-    ],
-)
-def test_sizes(count, shown):
-    assert text.size(count) == shown
-
-
 @given(st.floats(1e-9, 1e9))
 def test_an_axis_reaches_the_highest_value_in_few_even_steps(highest):
     ticks = charts.axis(highest)

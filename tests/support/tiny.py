@@ -44,9 +44,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "ffn_dim": 48,
         "word_embed_proj_dim": 32,
     },
-    "gpt2": {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt2": {
+        "vocab_size": VOCAB,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "gpt_neox": _without("num_key_value_heads", "head_dim"),
-    "gptj": {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "rotary_dim": 4, "bos_token_id": 1, "eos_token_id": 2},
+    "gptj": {
+        "vocab_size": VOCAB,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 64,
+        "rotary_dim": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "falcon": {**_without("intermediate_size", "num_key_value_heads", "head_dim"), "new_decoder_architecture": False},
     "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 3, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2},
     "mpt": {"vocab_size": VOCAB, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
@@ -76,7 +93,7 @@ def build(family: str, *, dtype: Any = None, seed: int = 0, **changes: Any) -> A
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             noise = torch.randn(parameter.shape) * (0.2 if parameter.ndim > 1 else 0.05)
             parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
     return model
@@ -101,7 +118,11 @@ def byte_tokenizer() -> Any:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"  # noqa: S106
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",  # noqa: S106
     )
 
 

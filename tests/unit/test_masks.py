@@ -52,7 +52,10 @@ def test_row_selection_is_exact_and_even(score, share):
         assert lucky == brute_force(next_scores, remainder)
 
 
-@given(scores(st.tuples(st.integers(1, 6), st.integers(1, 4).map(lambda n: n * 8))), st.sampled_from([(1, 4), (2, 4), (4, 8), (3, 8), (8, 8)]))
+@given(
+    scores(st.tuples(st.integers(1, 6), st.integers(1, 4).map(lambda n: n * 8))),
+    st.sampled_from([(1, 4), (2, 4), (4, 8), (3, 8), (8, 8)]),
+)
 def test_nm_keeps_the_best_of_each_group(score, ratio):
     pattern = NM(*ratio)
     budget = score.numel() // pattern.of * pattern.keep
@@ -61,7 +64,11 @@ def test_nm_keeps_the_best_of_each_group(score, ratio):
         assert mask == brute_force(values, pattern.keep)
 
 
-@given(scores(st.tuples(st.integers(1, 3).map(lambda n: n * 4), st.integers(1, 4).map(lambda n: n * 2))), st.floats(0, 1), st.sampled_from(["row", "linear"]))
+@given(
+    scores(st.tuples(st.integers(1, 3).map(lambda n: n * 4), st.integers(1, 4).map(lambda n: n * 2))),
+    st.floats(0, 1),
+    st.sampled_from(["row", "linear"]),
+)
 def test_blocks_are_whole_and_the_best(score, share, group):
     pattern = Block(4, 2)
     blocks = score.numel() // 8
@@ -101,8 +108,8 @@ def test_check_sees_each_kind_of_disagreement():
         masks.check(pruned, keep, NM(2, 4), 9, where="x")
     with pytest.raises(WeightMismatch, match="8 removed weights are not zero"):
         masks.check(weight, keep, NM(2, 4), 8, where="x")
+    moved = torch.tensor([[True] * 4 + [False] * 4] * 2)
     with pytest.raises(PatternViolation, match="groups do not keep exactly 2:4"):
-        moved = torch.tensor([[True] * 4 + [False] * 4] * 2)
         masks.check(weight.masked_fill(~moved, 0), moved, NM(2, 4), 8, where="x")
     with pytest.raises(PatternViolation, match="kept in part"):
         masks.check(pruned, keep, Block(2, 8), 8, where="x")
