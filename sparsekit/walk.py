@@ -1,12 +1,13 @@
 """The one block walker: load a block, look at its inputs, let a visitor change it, propagate, release.
 
-Everything that methods share happens here: capturing inputs, hooks, propagation, finite checks. One sample at a time
-goes through a block, so results cannot depend on a batch size.
+Everything that methods share happens here: capturing inputs, hooks, propagation, finite checks. Samples go through a
+block one by one (several side by side, in threads), so results cannot depend on a batch size.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from sparsekit import registry
 from sparsekit.contracts import Stat
 from sparsekit.errors import NonFinite, SparsekitError
+from sparsekit.finite import all_finite
+from sparsekit.lanes import MAX_LANES, Turns, side_by_side
 from sparsekit.lazy import torch
 from sparsekit.models.capture import Call, capture, run_block
 from sparsekit.models.lazy_model import LazyModel
@@ -133,47 +136,73 @@ class _Walk:
     def _forward(self, visit: Visit, *, keep: bool, collector: _Collector | None = None) -> None:
         """Run the block on every sample; with `keep` its outputs become the next block's inputs."""
         where = self.model.stack.prefix(visit.index)
-        for sample, call in enumerate(self.calls[visit.index]):
+        calls = self.calls[visit.index]
+
+        def one(sample: int, turns: Turns) -> None:
             if collector:
-                collector.begin(sample)
-            out = run_block(visit.block, self.hidden[sample], call)
+                collector.begin(sample, turns, whole=keep)
+            try:
+                out = run_block(visit.block, self.hidden[sample], calls[sample])
+            except _SeenAll:
+                return
             if out.shape != self.hidden[sample].shape:
                 got = list(self.hidden[sample].shape)
                 raise SparsekitError(f"block returned {list(out.shape)}, got {got}", where=where)
             if keep:
                 _refuse_nonfinite(out, where, sample)
                 self.hidden[sample] = out
+
+        # A model's own code may keep things in its modules between calls; transformers' blocks do not.
+        own_code = type(visit.block).__module__.startswith("transformers_modules")
+        side_by_side(len(calls), one, most=1 if own_code else MAX_LANES)
         self.propagated = self.propagated or keep
 
 
+class _SeenAll(Exception):  # a signal that ends a pass, not an error
+    """Every linear has got its input: what the block would still compute is not needed."""
+
+
+class _Sample(threading.local):
+    """What a thread knows of the sample it works on."""
+
+    number: int
+    turns: Turns
+    whole: bool
+    inputs: dict[str, Tensor]  # holding them keeps their addresses unique
+    seen: set[str]
+
+
 class _Collector:
-    """Feeds inputs to statistics, once per distinct input tensor."""
+    """Feeds inputs to statistics, once per distinct input tensor, in the order of the samples."""
 
     def __init__(self, linears: list[Linear], needs: frozenset[str]) -> None:
         self._linears = {linear.name: linear for linear in linears}
         self._classes: Mapping[str, type[Stat]] = {name: registry.load("stats", name) for name in sorted(needs)}
         self._stats: dict[str, dict[str, Stat]] = {}
         self._leader: dict[str, str] = {}  # linear -> the linear whose statistic it shares
-        self._inputs: dict[str, Tensor] = {}  # this sample's inputs; holding them keeps their addresses unique
-        self._sample = 0
+        self._sample = _Sample()
 
-    def begin(self, sample: int) -> None:
-        self._sample = sample
-        self._inputs = {}
+    def begin(self, sample: int, turns: Turns, *, whole: bool) -> None:
+        """The calling thread starts a sample; `whole`: its block output is needed."""
+        self._sample.number, self._sample.turns, self._sample.whole = sample, turns, whole
+        self._sample.inputs, self._sample.seen = {}, set()
 
     def tap(self, name: str, x: Tensor) -> None:
-        shared = next((other for other, seen in self._inputs.items() if seen is x), None)
+        sample = self._sample
+        shared = next((other for other, seen in sample.inputs.items() if seen is x), None)
         leader = self._leader.setdefault(name, shared or name)
         if leader != (shared or name):
             raise SparsekitError("linears that shared an input in one sample do not in the next", where=name)
-        if shared:
-            return
-        self._inputs[name] = x
-        rows = x.reshape(-1, x.shape[-1])
-        _refuse_nonfinite(rows, name, self._sample)
-        rows = rows.to(torch.float32)
-        for stat in self._own(name).values():
-            stat.update(rows)
+        if not shared:
+            sample.inputs[name] = x
+            rows = x.reshape(-1, x.shape[-1])
+            _refuse_nonfinite(rows, name, sample.number)
+            with sample.turns.turn(name, sample.number):
+                for stat in self._own(name).values():
+                    stat.update(rows.to(torch.float32))
+        sample.seen.add(name)
+        if len(sample.seen) == len(self._linears) and not sample.whole:
+            raise _SeenAll
 
     def finish(self) -> tuple[dict[str, dict[str, Stat]], list[str]]:
         notes = self._fill_starved_experts()
@@ -224,7 +253,7 @@ def _refuse_nonfinite_weights(model: LazyModel, block: nn.Module, index: int) ->
 
 
 def _refuse_nonfinite(x: Tensor, where: str, sample: int) -> None:
-    if bool(torch.isfinite(x).all()):
+    if all_finite(x):
         return
     rows = x.reshape(-1, x.shape[-1])
     bad = (~torch.isfinite(rows)).any(dim=1)
