@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "uint32": "U32", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
 _DTYPES = {stored: name for name, stored in _NAMES.items()}
 
