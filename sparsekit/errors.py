@@ -142,6 +142,18 @@ class BadIndex(KernelError):
     """An index, offset or code in a packed tensor that would lead a kernel astray."""
 
 
+class KernelsMissing(KernelError):
+    """The compiled kernels are not installed or cannot be loaded."""
+
+    exit_code = 5
+
+
+class UnsupportedCPU(KernelError):
+    """An instruction set that this processor or this build does not have."""
+
+    exit_code = 5
+
+
 # --- models and data: exit 3 -------------------------------------------------------------------------------
 class ModelError(SparsekitError):
     """A model that cannot be opened or handled."""

@@ -1,0 +1,259 @@
+// y = x weight^T + bias: prepares the activations once, shares the rows out, adds patches and bias.
+//
+// Few tokens: `fused` kernels multiply while they decode, so the weight is read once and never written. More tokens:
+// 64 rows are decoded into a scratch that stays in the second-level cache and a plain micro-kernel runs over it.
+#include <stdlib.h>
+
+#include "parallel.h"
+
+namespace sk {
+namespace {
+
+constexpr int64_t kTokenTile = 12;    // tokens of one micro-kernel call
+constexpr int64_t kTokenChunk = 384;  // tokens per pass over the weight; bounds the accumulators of a thread
+constexpr int64_t kScratch = 256 << 10;
+
+// Memory that a thread keeps between calls.
+class Scratch {
+ public:
+  ~Scratch() { free(data_); }
+  void* need(int64_t bytes) {
+    if (bytes > size_) {
+      free(data_);
+      size_ = round_up(bytes, 4096);
+      data_ = aligned_alloc(64, size_t(size_));
+      if (!data_) size_ = 0;
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+thread_local Scratch activations, decoded;
+
+// x [tokens, cols] to [steps][tile tokens], tiles of at most `tile` tokens one after the other.
+template <class T, class Get>
+void interleave(T* out, int64_t steps, int64_t tokens, int64_t tile, int64_t begin, int64_t end, Get get) {
+  for (int64_t first = begin * tile; first < tokens && first < end * tile; first += tile) {
+    const int64_t n = tokens - first < tile ? tokens - first : tile;
+    T* base = out + first * steps;
+    for (int64_t t = 0; t < n; ++t)
+      for (int64_t k = 0; k < steps; ++k) base[k * n + t] = get(first + t, k);
+  }
+}
+
+struct Prepared {
+  Input input;
+  int64_t steps, tile;
+  bool pairs;
+};
+
+// Steps are column pairs or columns, padded with zeros to whole groups of four columns.
+bool prepare(const sk_call& call, int64_t cols, int64_t first, int64_t tokens, int64_t tile, bool pairs,
+             Prepared& out) {
+  const int64_t width = round_up(cols, 4), steps = pairs ? width / 2 : width;
+  const int64_t tiles = ceil_div(tokens, tile);
+  void* memory = activations.need(steps * 4 * tokens + 64);
+  if (!memory) return false;
+  out.steps = steps;
+  out.tile = tile;
+  out.pairs = pairs;
+  out.input = {pairs ? static_cast<uint32_t*>(memory) : nullptr, pairs ? nullptr : static_cast<float*>(memory),
+               tokens};
+  const int64_t size = element_size(call.x_dtype);
+  const char* x = static_cast<const char*>(call.x) + first * call.x_stride * size;
+  if (pairs && tokens == 1) {
+    memset(static_cast<char*>(memory) + (steps ? steps - 2 : 0) * 4, 0, steps ? 8 : 0);
+    if (cols) memcpy(memory, x, size_t(cols * 2));
+    return true;
+  }
+  auto work = [&](int64_t begin, int64_t end, int) {
+    if (pairs) {
+      interleave(static_cast<uint32_t*>(memory), steps, tokens, tile, begin, end, [&](int64_t t, int64_t k) {
+        const char* p = x + (t * call.x_stride + 2 * k) * 2;
+        if (2 * k + 1 < cols) return load<uint32_t>(p);
+        return 2 * k < cols ? uint32_t(load<uint16_t>(p)) : 0u;
+      });
+    } else {
+      interleave(static_cast<float*>(memory), steps, tokens, tile, begin, end, [&](int64_t t, int64_t k) {
+        return k < cols ? to_float(x + t * call.x_stride * size, call.x_dtype, k) : 0.0f;
+      });
+    }
+  };
+  for_each(tokens > 64 ? call.threads : 1, tiles, 1, work);
+  return true;
+}
+
+float activation(const Input& x, int64_t column, int64_t token) {
+  if (x.floats) return x.floats[column * x.tokens + token];
+  const uint32_t pair = x.pairs[column / 2 * x.tokens + token];
+  return bf16_to_float(uint16_t(column & 1 ? pair >> 16 : pair));
+}
+
+void add_patches(const View& w, const Input& x, int64_t p, float* out, int64_t ld) {
+  for (uint64_t i = w.panels[p].patch; i < w.panels[p + 1].patch; ++i) {
+    const Patch& patch = w.patches[i];
+    for (int64_t t = 0; t < x.tokens; ++t)
+      out[t * ld + patch.row] += bf16_to_float(patch.value) * activation(x, patch.column, t);
+  }
+}
+
+// Patches of panel p whose column lies in the decoded columns [begin, end).
+void write_patches(const View& w, int64_t p, int64_t begin, int64_t end, bool pairs, void* panel) {
+  for (uint64_t i = w.panels[p].patch; i < w.panels[p + 1].patch; ++i) {
+    const Patch& patch = w.patches[i];
+    const int64_t column = int64_t(patch.column) - begin;
+    if (column < 0 || column >= end - begin) continue;
+    if (pairs)
+      static_cast<uint16_t*>(panel)[column / 2 * 32 + patch.row * 2 + (column & 1)] = patch.value;
+    else
+      static_cast<float*>(panel)[column * 16 + patch.row] = bf16_to_float(patch.value);
+  }
+}
+
+void store(const Kernels& k, const sk_call& call, int64_t token, int64_t row, int64_t count, const float* sums) {
+  const int64_t size = element_size(call.y_dtype);
+  const char* bias = call.bias ? static_cast<const char*>(call.bias) + row * size : nullptr;
+  k.store(sums, bias, count, call.y_dtype, static_cast<char*>(call.y) + (token * call.y_stride + row) * size);
+}
+
+int fused(const Kernels& k, const sk_call& call, const View& w, bool pairs) {
+  Prepared x;
+  if (!prepare(call, w.cols, 0, call.tokens, call.tokens, pairs, x)) return SK_NO_MEMORY;
+  const bool bitmap = w.layout == SK_BITMAP;
+  const int64_t height = bitmap ? kBlockRows : kPanelRows, blocks = ceil_div(w.rows, height);
+  auto work = [&](int64_t begin, int64_t end, int) {
+    alignas(64) float sums[kMaxFused * kBlockRows];
+    for (int64_t b = begin; b < end; ++b) {
+      k.fused(w, x.input, b, pairs, sums, height);
+      if (!bitmap) add_patches(w, x.input, b, sums, height);
+      const int64_t row = b * height, count = w.rows - row < height ? w.rows - row : height;
+      for (int64_t t = 0; t < call.tokens; ++t) store(k, call, t, row, count, sums + t * height);
+    }
+  };
+  int64_t grain = bitmap ? 1 : blocks / (int64_t(call.threads) * 8);
+  for_each(call.threads, blocks, grain > 4 ? 4 : grain, work);
+  return SK_OK;
+}
+
+struct Group {  // 64 rows being multiplied by the tokens of one pass
+  const Kernels& k;
+  const View& w;
+  const Prepared& x;
+  char* panels;
+  float* sums;
+};
+
+void multiply_group(const Group& g, int64_t group) {
+  const bool bitmap = g.w.layout == SK_BITMAP;
+  const int64_t tile_columns = bitmap ? 2 : 4;
+  const int64_t panel_bytes = kScratch / 4, column_bytes = g.x.pairs ? 32 : 64;
+  const int64_t chunk_tiles = panel_bytes / column_bytes / tile_columns;
+  Cursor at = {};
+  for (int64_t begin = 0; begin < g.w.tiles; begin += chunk_tiles) {
+    const int64_t end = begin + chunk_tiles < g.w.tiles ? begin + chunk_tiles : g.w.tiles;
+    const int64_t c0 = begin * tile_columns, c1 = end * tile_columns;
+    g.k.decode(g.w, group, at, begin, end, g.x.pairs, g.panels, panel_bytes);
+    for (int64_t q = 0; !bitmap && q < 4 && group * 4 + q < ceil_div(g.w.rows, kPanelRows); ++q)
+      write_patches(g.w, group * 4 + q, c0, c1, g.x.pairs, g.panels + q * panel_bytes);
+    const int64_t step0 = g.x.pairs ? c0 / 2 : c0, steps = (g.x.pairs ? c1 / 2 : c1) - step0;
+    const char* input = g.x.pairs ? reinterpret_cast<const char*>(g.x.input.pairs)
+                                  : reinterpret_cast<const char*>(g.x.input.floats);
+    for (int64_t t = 0; t < g.x.input.tokens; t += g.x.tile) {
+      const int64_t n = g.x.input.tokens - t < g.x.tile ? g.x.input.tokens - t : g.x.tile;
+      const char* tile = input + (t * g.x.steps + step0 * n) * 4;
+      for (int64_t half = 0; half < 2; ++half)
+        g.k.micro(g.panels + 2 * half * panel_bytes, g.panels + (2 * half + 1) * panel_bytes, tile, steps, int(n),
+                  g.x.pairs, begin == 0, g.sums + t * kBlockRows + 32 * half, kBlockRows);
+    }
+  }
+}
+
+int blocked(const Kernels& k, const sk_call& call, const View& w, bool pairs) {
+  std::atomic<bool> failed{false};
+  for (int64_t first = 0; first < call.tokens; first += kTokenChunk) {
+    const int64_t tokens = call.tokens - first < kTokenChunk ? call.tokens - first : kTokenChunk;
+    Prepared x;
+    if (!prepare(call, w.cols, first, tokens, kTokenTile, pairs, x)) return SK_NO_MEMORY;
+    const int64_t sums_bytes = tokens * kBlockRows * 4;
+    auto work = [&](int64_t begin, int64_t end, int) {
+      char* memory = static_cast<char*>(decoded.need(kScratch + sums_bytes));
+      if (!memory) {
+        failed = true;
+        return;
+      }
+      Group g{k, w, x, memory, reinterpret_cast<float*>(memory + kScratch)};
+      for (int64_t b = begin; b < end; ++b) {
+        if (w.tiles == 0) memset(g.sums, 0, size_t(sums_bytes));
+        multiply_group(g, b);
+        const int64_t row = b * kBlockRows, count = w.rows - row < kBlockRows ? w.rows - row : kBlockRows;
+        for (int64_t t = 0; t < tokens; ++t) store(k, call, first + t, row, count, g.sums + t * kBlockRows);
+      }
+    };
+    for_each(call.threads, ceil_div(w.rows, kBlockRows), 1, work);
+  }
+  return failed ? SK_NO_MEMORY : SK_OK;
+}
+
+bool known(int32_t dtype) { return dtype >= SK_BF16 && dtype <= SK_F32; }
+
+bool sound(const sk_call& call, int64_t rows, int64_t cols) {
+  if (call.tokens < 0 || call.threads < 1 || !known(call.x_dtype) || !known(call.y_dtype)) return false;
+  if (call.tokens > 1 && (call.x_stride < cols || call.y_stride < rows)) return false;
+  return call.tokens == 0 || ((call.x || cols == 0) && (call.y || rows == 0));
+}
+
+}  // namespace
+}  // namespace sk
+
+extern "C" {
+int sk_linear(const sk_call* call) {
+  if (!call) return SK_BAD_ARGUMENT;
+  sk::View w;
+  const int status = sk::parse(call->packed, call->packed_bytes, &w);
+  if (status != SK_OK) return status;
+  if (!sk::sound(*call, w.rows, w.cols)) return SK_BAD_ARGUMENT;
+  if (call->tokens == 0 || w.rows == 0) return SK_OK;
+  const sk::Kernels& k = sk::kernels();
+  const bool pairs = k.pairs && w.dtype == SK_BF16 && call->x_dtype == SK_BF16;
+  if (call->tokens <= k.fusable(w, pairs)) return sk::fused(k, *call, w, pairs);
+  return sk::blocked(k, *call, w, pairs);
+}
+
+int sk_dense(const sk_call* call, const void* weight, int64_t rows, int64_t cols, int32_t w_dtype) {
+  if (!call || rows < 0 || cols < 0 || !sk::known(w_dtype) || (!weight && rows > 0 && cols > 0)) return SK_BAD_ARGUMENT;
+  if (!sk::sound(*call, rows, cols)) return SK_BAD_ARGUMENT;
+  const sk::Kernels& k = sk::kernels();
+  const bool pairs = k.pairs && w_dtype == SK_BF16 && call->x_dtype == SK_BF16;
+  for (int64_t t = 0; t < call->tokens; ++t) {
+    sk::Prepared x;
+    if (!sk::prepare(*call, cols, t, 1, 1, pairs, x)) return SK_NO_MEMORY;
+    auto work = [&](int64_t begin, int64_t end, int) {
+      alignas(64) float sums[64];
+      for (int64_t r = begin; r < end; r += 64) {
+        const int64_t last = r + 64 < end ? r + 64 : end;
+        k.dense(weight, w_dtype, cols, r, last, x.input, sums);
+        sk::store(k, *call, t, r, last - r, sums);
+      }
+    };
+    sk::for_each(call->threads, rows, rows >= 512 ? 64 : 16, work);
+  }
+  return SK_OK;
+}
+
+uint64_t sk_read(const void* data, int64_t bytes, int threads) {
+  std::atomic<uint64_t> sum{0};
+  const sk::Kernels& k = sk::kernels();
+  constexpr int64_t piece = 256 << 10;
+  auto work = [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t from = i * piece, to = from + piece < bytes ? from + piece : bytes;
+      sum += k.read(static_cast<const uint8_t*>(data) + from, to - from);
+    }
+  };
+  sk::for_each(threads, sk::ceil_div(bytes, piece), 1, work);
+  return sum;
+}
+}

@@ -1,0 +1,174 @@
+// Checks a bitmask tensor and lays out its packed buffer.
+#include <new>
+
+#include "parallel.h"
+#include "plan.h"
+
+namespace sk {
+namespace {
+
+// Fills row_start from popcounts; false if offsets, count or padding bits disagree with the mask.
+bool check_mask(sk_plan& plan, int threads) {
+  const sk_bitmask& s = plan.source;
+  const int64_t stride = mask_stride(s);
+  const unsigned padding = s.cols % 8 ? 0xffu << (s.cols % 8) & 0xff : 0;
+  std::vector<int64_t>& start = plan.row_start;
+  std::atomic<bool> clean{true};
+  auto count = [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      const uint8_t* p = s.mask + r * stride;
+      int64_t n = 0, j = 0;
+      for (; j + 8 <= stride; j += 8) n += __builtin_popcountll(load<uint64_t>(p + j));
+      for (; j < stride; ++j) n += __builtin_popcount(p[j]);
+      start[size_t(r) + 1] = n;
+      if (stride && (p[stride - 1] & padding)) clean = false;
+    }
+  };
+  for_each(threads, s.rows, 64, count);
+  for (int64_t r = 0; r < s.rows; ++r) {
+    if (s.row_offsets && s.row_offsets[r] != start[size_t(r)]) return false;
+    start[size_t(r) + 1] += start[size_t(r)];
+  }
+  return clean && start[size_t(s.rows)] == s.nnz;
+}
+
+void layout_bitmap(sk_plan& plan) {
+  Header& h = plan.header;
+  const int64_t blocks = ceil_div(h.rows, kBlockRows), pairs = round_up(ceil_div(h.cols, 2), 2);
+  plan.block_start.resize(size_t(blocks) + 1);
+  for (int64_t b = 0; b <= blocks; ++b) {
+    int64_t row = b * kBlockRows < h.rows ? b * kBlockRows : h.rows;
+    plan.block_start[size_t(b)] = uint64_t(plan.row_start[size_t(row)]);
+  }
+  h.blocks_at = sizeof(Header);
+  h.masks_at = round_up(h.blocks_at + 8 * (blocks + 1), 64);
+  h.values_at = round_up(h.masks_at + blocks * pairs * 16, 64);
+  h.codes_at = h.patches_at = h.values_at;
+  h.bytes = round_up(h.values_at + h.nnz * element_size(h.dtype) + SK_TAIL, 64);
+}
+
+void layout_split(sk_plan& plan) {
+  Header& h = plan.header;
+  const int64_t panels = ceil_div(h.rows, kPanelRows), tiles = ceil_div(h.cols, 4);
+  const Panel& end = plan.panels[size_t(panels)];
+  h.patches = int64_t(end.patch);
+  h.blocks_at = sizeof(Header);
+  h.masks_at = round_up(h.blocks_at + int64_t(sizeof(Panel)) * (panels + 1), 64);
+  h.values_at = round_up(h.masks_at + panels * tiles * 8, 64);
+  h.codes_at = round_up(h.values_at + int64_t(end.low) + SK_TAIL, 64);
+  h.patches_at = round_up(h.codes_at + int64_t(end.code) + SK_TAIL, 64);
+  h.bytes = round_up(h.patches_at + h.patches * int64_t(sizeof(Patch)) + SK_TAIL, 64);
+}
+
+int create(int layout, const sk_bitmask& s, int threads, sk_plan& plan) {
+  plan.source = s;
+  plan.row_start.assign(size_t(s.rows) + 1, 0);
+  if (!check_mask(plan, threads)) return SK_BAD_MASK;
+  Header& h = plan.header;
+  memset(&h, 0, sizeof h);
+  memcpy(h.magic, "SKPACK01", 8);
+  h.layout = layout;
+  h.dtype = s.dtype;
+  h.rows = s.rows;
+  h.cols = s.cols;
+  h.nnz = s.nnz;
+  if (layout == SK_BITMAP) {
+    layout_bitmap(plan);
+  } else {
+    plan_split(plan, threads);
+    layout_split(plan);
+  }
+  return SK_OK;
+}
+
+bool sound(const sk_bitmask& s) {
+  constexpr int64_t most = int64_t(1) << 31;
+  if (s.rows < 0 || s.cols < 0 || s.nnz < 0 || s.rows >= most || s.cols >= most) return false;
+  if (s.rows && s.cols > (int64_t(1) << 40) / s.rows) return false;
+  if (s.dtype < SK_BF16 || s.dtype > SK_F32) return false;
+  return (s.mask || s.rows == 0 || s.cols == 0) && (s.values || s.nnz == 0);
+}
+
+}  // namespace
+
+int parse(const void* packed, int64_t bytes, View* view) {
+  if (!packed || bytes < int64_t(sizeof(Header)) || reinterpret_cast<uintptr_t>(packed) % 8) return SK_BAD_PACKED;
+  const Header& h = *static_cast<const Header*>(packed);
+  if (memcmp(h.magic, "SKPACK01", 8) != 0 || h.bytes != bytes) return SK_BAD_PACKED;
+  const uint8_t* base = static_cast<const uint8_t*>(packed);
+  View& v = *view;
+  memset(&v, 0, sizeof v);
+  v.layout = h.layout;
+  v.dtype = h.dtype;
+  v.rows = h.rows;
+  v.cols = h.cols;
+  v.nnz = h.nnz;
+  v.values = base + h.values_at;
+  if (h.layout == SK_BITMAP) {
+    v.tiles = round_up(ceil_div(h.cols, 2), 2);
+    v.offsets = reinterpret_cast<const uint64_t*>(base + h.blocks_at);
+    v.masks32 = reinterpret_cast<const uint32_t*>(base + h.masks_at);
+  } else if (h.layout == SK_SPLIT) {
+    v.tiles = ceil_div(h.cols, 4);
+    v.panels = reinterpret_cast<const Panel*>(base + h.blocks_at);
+    v.masks64 = reinterpret_cast<const uint64_t*>(base + h.masks_at);
+    v.codes = base + h.codes_at;
+    v.patches = reinterpret_cast<const Patch*>(base + h.patches_at);
+  } else {
+    return SK_BAD_PACKED;
+  }
+  return SK_OK;
+}
+
+}  // namespace sk
+
+extern "C" {
+int sk_plan_create(int layout, const sk_bitmask* source, int threads, sk_plan** plan) {
+  if (!source || !plan || !sk::sound(*source)) return SK_BAD_ARGUMENT;
+  if (layout != SK_BITMAP && layout != SK_SPLIT) return SK_BAD_ARGUMENT;
+  if (layout == SK_SPLIT && source->dtype != SK_BF16) return SK_UNSUPPORTED;
+  *plan = nullptr;
+  sk_plan* made = new (std::nothrow) sk_plan;
+  if (!made) return SK_NO_MEMORY;
+  int status;
+  try {
+    status = sk::create(layout, *source, threads, *made);
+  } catch (...) {
+    status = SK_NO_MEMORY;
+  }
+  if (status == SK_OK)
+    *plan = made;
+  else
+    delete made;
+  return status;
+}
+
+int64_t sk_plan_bytes(const sk_plan* plan) { return plan ? plan->header.bytes : 0; }
+
+int sk_plan_pack(const sk_plan* plan, void* out, int64_t out_bytes, int threads) {
+  if (!plan || !out || out_bytes != plan->header.bytes || reinterpret_cast<uintptr_t>(out) % 8)
+    return SK_BAD_ARGUMENT;
+  uint8_t* base = static_cast<uint8_t*>(out);
+  // Everything between the streams is zero: kernels read a little past each.
+  memcpy(base, &plan->header, sizeof plan->header);
+  if (plan->header.layout == SK_BITMAP)
+    sk::pack_bitmap(*plan, base, threads);
+  else
+    sk::pack_split(*plan, base, threads);
+  return SK_OK;
+}
+
+void sk_plan_free(sk_plan* plan) { delete plan; }
+
+int sk_packed_info(const void* packed, int64_t bytes, sk_info* info) {
+  sk::View v;
+  int status = sk::parse(packed, bytes, &v);
+  if (status != SK_OK || !info) return status != SK_OK ? status : SK_BAD_ARGUMENT;
+  const sk::Header& h = *static_cast<const sk::Header*>(packed);
+  *info = {h.rows, h.cols, h.nnz, h.bytes, h.patches, h.layout, h.dtype, 0, 0, 0};
+  if (h.layout == SK_SPLIT)
+    for (int64_t p = 0; p < sk::ceil_div(h.rows, sk::kPanelRows); ++p)
+      ++(v.panels[p].width == 3 ? info->panels3 : v.panels[p].width == 4 ? info->panels4 : info->panels8);
+  return SK_OK;
+}
+}

@@ -1,0 +1,35 @@
+// Packing in two steps: the plan measures (sizes, dictionaries, patches), then the writers fill one buffer.
+#pragma once
+#include <vector>
+
+#include "internal.h"
+
+struct sk_plan {
+  sk_bitmask source;
+  sk::Header header;
+  std::vector<int64_t> row_start;        // [rows + 1] index of each row's first value
+  std::vector<uint64_t> block_start;     // bitmap [blocks + 1]
+  std::vector<sk::Panel> panels;         // split [panels + 1]
+  std::vector<std::vector<sk::Patch>> patches;  // split [panels]
+};
+
+namespace sk {
+void pack_bitmap(const sk_plan& plan, uint8_t* out, int threads);
+void plan_split(sk_plan& plan, int threads);  // may throw std::bad_alloc
+void pack_split(const sk_plan& plan, uint8_t* out, int threads);
+
+namespace {
+
+inline int64_t mask_stride(const sk_bitmask& s) { return ceil_div(s.cols, 8); }
+
+// 64 mask bits of row r from column 64 * strip on; columns behind the last are 0.
+inline uint64_t mask_strip(const sk_bitmask& s, int64_t r, int64_t strip) {
+  const int64_t stride = mask_stride(s), at = strip * 8;
+  const uint8_t* p = s.mask + r * stride + at;
+  uint64_t bits = 0;
+  memcpy(&bits, p, size_t(stride - at < 8 ? stride - at : 8));
+  return bits;
+}
+
+}  // namespace
+}  // namespace sk

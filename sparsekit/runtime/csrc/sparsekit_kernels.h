@@ -1,0 +1,99 @@
+// C interface of the sparsekit CPU kernels. No C++, Python or torch types cross it; no exception leaves it.
+//
+// A weight is packed once (sk_plan_* -> one buffer the caller owns) and multiplied many times (sk_linear).
+// Shapes: weight [rows, cols] = [out, in], x [tokens, cols], y [tokens, rows] = x weight^T + bias.
+#ifndef SPARSEKIT_KERNELS_H
+#define SPARSEKIT_KERNELS_H
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define SK_API __attribute__((visibility("default")))
+#else
+#define SK_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SK_ABI_VERSION 1
+#define SK_TAIL 64 /* zero bytes behind every stream of a packed buffer; kernels may read them */
+
+enum sk_status {
+  SK_OK = 0,
+  SK_BAD_ARGUMENT = 1, /* a null pointer, a negative size, an unknown enum value */
+  SK_BAD_MASK = 2,     /* bitmask, row offsets and value count disagree, or a padding bit is set */
+  SK_BAD_PACKED = 3,   /* a buffer that sk_plan_pack did not write, or of another size */
+  SK_NO_MEMORY = 4,
+  SK_UNSUPPORTED = 5,  /* this processor cannot run the instruction set, or the layout cannot hold the values */
+};
+enum sk_dtype { SK_BF16 = 0, SK_F16 = 1, SK_F32 = 2 };
+enum sk_layout { SK_BITMAP = 1, SK_SPLIT = 2 };
+
+/* One tensor as it lies on disk (layout bitmask, raw values). */
+typedef struct sk_bitmask {
+  const uint8_t* mask;        /* [rows, ceil(cols / 8)], bit i of byte j = column 8 j + i */
+  const void* values;         /* [nnz] row-major, of `dtype`; any alignment */
+  const int64_t* row_offsets; /* [rows], exclusive prefix sums; may be null, then they are derived */
+  int64_t rows, cols, nnz;
+  int32_t dtype;
+} sk_bitmask;
+
+/* What a packed buffer holds. */
+typedef struct sk_info {
+  int64_t rows, cols, nnz, bytes, patches; /* patches: values outside their block's dictionary (SK_SPLIT) */
+  int32_t layout, dtype;
+  int32_t panels3, panels4, panels8; /* SK_SPLIT: 16-row blocks with 3-bit, 4-bit codes, and whole high bytes */
+} sk_info;
+
+/* One product. x and y may have any alignment; strides are in elements. */
+typedef struct sk_call {
+  const void* packed;
+  int64_t packed_bytes;
+  const void* x;
+  const void* bias; /* [rows] of y_dtype, or null */
+  void* y;
+  int64_t tokens, x_stride, y_stride;
+  int32_t x_dtype, y_dtype, threads;
+} sk_call;
+
+typedef void (*sk_body)(void* argument, int worker, int workers);
+/* Runs body(argument, i, n) for all i in 0..n-1, n <= threads, and returns when all have returned. */
+typedef void (*sk_runner)(void* context, int threads, sk_body body, void* argument);
+
+SK_API int sk_abi_version(void);
+SK_API const char* sk_build_id(void);
+
+/* Instruction sets: names ("portable", "avx2", "avx512", "avx512bf16", "neon") by rank, null past the end. */
+SK_API const char* sk_isa_name(int index);
+SK_API int sk_isa_supported(const char* name); /* compiled in and runnable here */
+SK_API int sk_isa_use(const char* name);       /* null: the best; returns a status */
+SK_API const char* sk_isa_current(void);
+
+/* Threads. Default: a pool of parked threads owned by this library. */
+SK_API void sk_use_runner(sk_runner runner, void* context);
+SK_API void sk_use_own_pool(void);
+/* Run on the OpenMP runtime the process already has, by its entry points (GOMP_parallel, omp_get_thread_num,
+   omp_get_num_threads): torch's own threads, without linking a second runtime. */
+SK_API void sk_use_openmp(void* gomp_parallel, void* thread_num, void* num_threads);
+
+/* Packing. The source arrays must stay alive until sk_plan_free. */
+typedef struct sk_plan sk_plan;
+SK_API int sk_plan_create(int layout, const sk_bitmask* source, int threads, sk_plan** plan);
+SK_API int64_t sk_plan_bytes(const sk_plan* plan);
+SK_API int sk_plan_pack(const sk_plan* plan, void* out, int64_t out_bytes, int threads);
+SK_API void sk_plan_free(sk_plan* plan);
+SK_API int sk_packed_info(const void* packed, int64_t bytes, sk_info* info);
+/* Dense weight [rows, cols] in the packed dtype, bit for bit; holes are +0. */
+SK_API int sk_unpack(const void* packed, int64_t bytes, void* dense, int threads);
+
+SK_API int sk_linear(const sk_call* call);
+/* The same with a plain row-major weight [rows, cols] of `w_dtype`: the streaming dense kernel. */
+SK_API int sk_dense(const sk_call* call, const void* weight, int64_t rows, int64_t cols, int32_t w_dtype);
+/* Reads `bytes` bytes and returns a checksum: the memory bandwidth a kernel can hope for. */
+SK_API uint64_t sk_read(const void* data, int64_t bytes, int threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

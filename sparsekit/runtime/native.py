@@ -1,0 +1,378 @@
+"""The compiled CPU kernels through their C interface: loading, instruction set, threads, packing, products.
+
+Importing this module loads nothing. `library()` loads the shared library once and raises `KernelsMissing` with the
+reason where there is none; `SPARSEKIT_ISA` forces an instruction set. Addresses and sizes are trusted here: callers
+own the buffers and pass contiguous ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import sys
+from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_uint64, c_void_p
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from sparsekit.errors import BadIndex, KernelError, KernelsMissing, UnsupportedCPU
+from sparsekit.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+LIBRARY = Path(__file__).parent / "_lib" / "libsparsekit_kernels.so"
+ABI_VERSION = 1
+_HUGE = 2 << 20
+
+
+class DType(IntEnum):
+    """Value types, as the C interface numbers them."""
+
+    BF16 = 0
+    F16 = 1
+    F32 = 2
+
+
+class MemoryLayout(IntEnum):
+    """Layouts in memory. SPLIT holds bf16 only; both are exact."""
+
+    BITMAP = 1
+    SPLIT = 2
+
+
+class _Bitmask(ctypes.Structure):
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [  # type: ignore[misc]
+        ("mask", c_void_p),
+        ("values", c_void_p),
+        ("row_offsets", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("nnz", c_int64),
+        ("dtype", c_int32),
+    ]
+
+
+class _Info(ctypes.Structure):
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [  # type: ignore[misc]
+        *((name, c_int64) for name in ("rows", "cols", "nnz", "bytes", "patches")),
+        *((name, c_int32) for name in ("layout", "dtype", "panels3", "panels4", "panels8")),
+    ]
+
+
+class Call(ctypes.Structure):
+    """One product, `sk_call` of the C interface; strides in elements."""
+
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [  # type: ignore[misc]
+        ("packed", c_void_p),
+        ("packed_bytes", c_int64),
+        ("x", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        *((name, c_int64) for name in ("tokens", "x_stride", "y_stride")),
+        *((name, c_int32) for name in ("x_dtype", "y_dtype", "threads")),
+    ]
+
+
+@dataclass(frozen=True)
+class PackedInfo:
+    """What a packed buffer holds.
+
+    Attributes:
+        layout: Its layout in memory.
+        dtype: Dtype of the values.
+        shape: (rows, cols) of the weight.
+        nnz: Number of values.
+        nbytes: Size of the buffer.
+        patches: Values outside their panel's dictionary (SPLIT).
+        widths: Number of 16-row panels with 3-bit codes, 4-bit codes, whole high bytes (SPLIT).
+    """
+
+    layout: MemoryLayout
+    dtype: DType
+    shape: tuple[int, int]
+    nnz: int
+    nbytes: int
+    patches: int
+    widths: tuple[int, int, int]
+
+
+_STATUS = {1: "bad argument", 2: "bad mask", 3: "not a packed weight", 4: "out of memory", 5: "unsupported"}
+_SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "sk_abi_version": (c_int, ()),
+    "sk_build_id": (c_char_p, ()),
+    "sk_isa_name": (c_char_p, (c_int,)),
+    "sk_isa_supported": (c_int, (c_char_p,)),
+    "sk_isa_use": (c_int, (c_char_p,)),
+    "sk_isa_current": (c_char_p, ()),
+    "sk_use_own_pool": (None, ()),
+    "sk_use_openmp": (None, (c_void_p, c_void_p, c_void_p)),
+    "sk_plan_create": (c_int, (c_int, POINTER(_Bitmask), c_int, POINTER(c_void_p))),
+    "sk_plan_bytes": (c_int64, (c_void_p,)),
+    "sk_plan_pack": (c_int, (c_void_p, c_void_p, c_int64, c_int)),
+    "sk_plan_free": (None, (c_void_p,)),
+    "sk_packed_info": (c_int, (c_void_p, c_int64, POINTER(_Info))),
+    "sk_unpack": (c_int, (c_void_p, c_int64, c_void_p, c_int)),
+    "sk_linear": (c_int, (POINTER(Call),)),
+    "sk_dense": (c_int, (POINTER(Call), c_void_p, c_int64, c_int64, c_int32)),
+    "sk_read": (c_uint64, (c_void_p, c_int64, c_int)),
+}
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Load a kernel library and declare its functions.
+
+    Raises:
+        KernelsMissing: No such file, not loadable here, or of another version of the interface.
+    """
+    if not path.exists():
+        raise KernelsMissing(
+            "the CPU kernels are not compiled",
+            where=str(path),
+            hint="Install a C++ compiler, then: pip install --force-reinstall --no-deps sparsekit",
+        )
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelsMissing(f"the CPU kernels cannot be loaded: {error}", where=str(path)) from error
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(lib, name, None)
+        if function is None:
+            raise KernelsMissing(f"the library has no function {name}", where=str(path), hint="Install it again.")
+        function.restype = result
+        function.argtypes = arguments
+    if lib.sk_abi_version() != ABI_VERSION:
+        got = lib.sk_abi_version()
+        raise KernelsMissing(
+            f"interface version {got}, needed {ABI_VERSION}", where=str(path), hint="Install it again."
+        )
+    return lib
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """Return the kernel library, loaded once, with instruction set and threads chosen.
+
+    Raises:
+        KernelsMissing: The package was installed without kernels, or they do not load here.
+        UnsupportedCPU: `SPARSEKIT_ISA` names an instruction set this processor or library lacks.
+    """
+    lib = load(LIBRARY)
+    wanted = os.environ.get("SPARSEKIT_ISA")
+    if wanted:
+        _use_isa(lib, wanted)
+    _share_threads(lib)
+    return lib
+
+
+def available() -> bool:
+    """Return whether the kernels are installed and load."""
+    return missing_reason() is None
+
+
+def missing_reason() -> str | None:
+    """Return why there are no kernels, None where there are."""
+    try:
+        library()
+    except KernelsMissing as error:
+        return str(error)
+    return None
+
+
+def _use_isa(lib: ctypes.CDLL, name: str) -> None:
+    known = _isas(lib)
+    if lib.sk_isa_use(name.encode()):
+        runnable = [each for each in known if lib.sk_isa_supported(each.encode())]
+        raise UnsupportedCPU(
+            f"instruction set {name!r} cannot run here",
+            where="SPARSEKIT_ISA",
+            hint=f"Use one of {', '.join(runnable)}, or unset it.",
+        )
+
+
+def _isas(lib: ctypes.CDLL) -> list[str]:
+    names: list[str] = []
+    while (name := lib.sk_isa_name(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def isas() -> list[str]:
+    """Return the instruction sets that are compiled in and run here, slowest first."""
+    lib = library()
+    return [name for name in _isas(lib) if lib.sk_isa_supported(name.encode())]
+
+
+def isa() -> str:
+    """Return the instruction set in use."""
+    current: bytes = library().sk_isa_current()
+    return current.decode()
+
+
+def use_isa(name: str | None) -> None:
+    """Force an instruction set for all later products; None chooses the best.
+
+    Raises:
+        UnsupportedCPU: It cannot run here.
+    """
+    lib = library()
+    if name is None:
+        lib.sk_isa_use(None)
+    else:
+        _use_isa(lib, name)
+
+
+def _share_threads(lib: ctypes.CDLL) -> None:
+    """Run on the threads torch has: a second pool beside them would fight for the same cores.
+
+    torch's own parallel loops run on the OpenMP runtime it has loaded; its entry points are enough to run there too.
+    """
+    if "torch" not in sys.modules and not hasattr(torch, "get_num_threads"):
+        return
+    process = ctypes.CDLL(None)
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    try:
+        addresses = [ctypes.cast(getattr(process, name), c_void_p).value for name in names]
+    except AttributeError:
+        return  # a torch without OpenMP: the library's own pool
+    lib.sk_use_openmp(*addresses)
+
+
+def check(status: int, what: str) -> None:
+    """Raise the typed error for a status of the library.
+
+    Raises:
+        BadIndex: Mask, offsets and values disagree.
+        MemoryError: No memory for scratch.
+        KernelError: Anything else.
+    """
+    if status == 0:
+        return
+    if status == 2:
+        raise BadIndex("bitmask, row offsets and number of values disagree, or a padding bit is set", where=what)
+    if status == 4:
+        raise MemoryError(f"{what}: no memory for the kernels")
+    raise KernelError(f"the kernels refused the call: {_STATUS.get(status, status)}", where=what)
+
+
+def dtype_of(dtype: torch.dtype) -> DType:
+    """Return the kernels' number of a torch dtype.
+
+    Raises:
+        KernelError: Not bf16, fp16 or fp32.
+    """
+    try:
+        return _dtypes()[dtype]
+    except KeyError:
+        raise KernelError(f"dtype {dtype}, needed bfloat16, float16 or float32") from None
+
+
+@functools.lru_cache(maxsize=1)
+def _dtypes() -> dict[torch.dtype, DType]:
+    return {torch.bfloat16: DType.BF16, torch.float16: DType.F16, torch.float32: DType.F32}
+
+
+def allocate(nbytes: int) -> Tensor:
+    """Return an uninitialised u8 tensor [nbytes], on huge pages where it is large.
+
+    Streaming a weight through 4 KB pages costs a fifth of the bandwidth. Only whole huge pages are asked for, so
+    nothing is resident beyond the size.
+    """
+    if nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(nbytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes + _HUGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE * _HUGE)
+    except OSError:  # a kernel without them: ordinary pages do
+        pass
+    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start)
+
+
+def pack(
+    mask: Tensor,
+    values: Tensor,
+    shape: tuple[int, int],
+    layout: MemoryLayout,
+    *,
+    row_offsets: Tensor | None = None,
+    where: str = "weight",
+    threads: int | None = None,
+) -> Tensor:
+    """Pack one weight for the kernels.
+
+    Args:
+        mask: u8 [rows, ceil(cols / 8)], as `weight_bitmask` on disk.
+        values: [nnz] row-major, bf16, fp16 or fp32 (SPLIT: bf16).
+        shape: (rows, cols).
+        layout: Layout in memory.
+        row_offsets: i64 [rows], checked against the mask when given.
+        where: Name of the weight, for messages.
+        threads: Threads to pack with; default: torch's.
+
+    Returns:
+        One u8 tensor with everything in it.
+
+    Raises:
+        BadIndex: Mask, offsets and values disagree.
+        KernelError: A dtype or layout that does not exist.
+        KernelsMissing: There are no kernels.
+    """
+    lib = library()
+    rows, cols = shape
+    parts = [mask.contiguous(), values.contiguous(), *([] if row_offsets is None else [row_offsets.contiguous()])]
+    if mask.numel() != rows * ((cols + 7) // 8) or (row_offsets is not None and row_offsets.numel() != rows):
+        raise BadIndex(f"mask of {mask.numel()} bytes does not fit {rows} x {cols}", where=where)
+    source = _Bitmask(
+        parts[0].data_ptr(),
+        parts[1].data_ptr(),
+        parts[2].data_ptr() if row_offsets is not None else None,
+        rows,
+        cols,
+        values.numel(),
+        dtype_of(values.dtype),
+    )
+    count = threads or torch.get_num_threads()
+    plan = c_void_p()
+    check(lib.sk_plan_create(layout, byref(source), count, byref(plan)), where)
+    try:
+        size = lib.sk_plan_bytes(plan)
+        out = allocate(size)
+        check(lib.sk_plan_pack(plan, out.data_ptr(), size, count), where)
+    finally:
+        lib.sk_plan_free(plan)
+    return out
+
+
+def info(packed: Tensor) -> PackedInfo:
+    """Return what a packed buffer holds.
+
+    Raises:
+        KernelError: Not a packed buffer.
+    """
+    found = _Info()
+    check(library().sk_packed_info(packed.data_ptr(), packed.numel(), byref(found)), "packed weight")
+    return PackedInfo(
+        MemoryLayout(found.layout),
+        DType(found.dtype),
+        (found.rows, found.cols),
+        found.nnz,
+        found.bytes,
+        found.patches,
+        (found.panels3, found.panels4, found.panels8),
+    )
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Return the dense weight [rows, cols] of a packed buffer, bit for bit, with +0 in the holes."""
+    found = info(packed)
+    dtype = next(key for key, number in _dtypes().items() if number == found.dtype)
+    dense = torch.empty(found.shape, dtype=dtype)
+    status = library().sk_unpack(packed.data_ptr(), packed.numel(), dense.data_ptr(), torch.get_num_threads())
+    check(status, "packed weight")
+    return dense
