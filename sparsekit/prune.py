@@ -6,6 +6,7 @@ only propagates the activations through it.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from sparsekit.lazy import torch
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.linears import Linear
 from sparsekit.models.raw import read_raw, to_raw, torch_dtype
+from sparsekit.pack import Encoding, Layout, choose, files
+from sparsekit.pattern import parse_pattern
 from sparsekit.plan import StagePlan, allocate
 from sparsekit.progress import Reporter
 from sparsekit.stats.sumsq import SumSq
@@ -30,12 +33,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_EXPERT = re.compile(r"\.\d+\.(?=[^.]+\.weight$)")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How pruned tensors are packed: layout and encoding, None for the smallest that loses nothing."""
+
+    layout: Layout | None = None
+    encoding: Encoding | None = None
+
+
 @dataclass(frozen=True)
 class StageResult:
     """What a stage did: facts per linear and per stored tensor, from the journal (so also for resumed blocks)."""
 
     linears: dict[str, dict[str, Any]]
     tensors: dict[str, dict[str, Any]]
+    packed: dict[str, dict[str, Any]]
     notes: list[str]
     resumed: int
 
@@ -47,6 +62,7 @@ def prune_stage(
     staged: StagedCheckpoint,
     shard_names: Sequence[str],
     reporter: Reporter,
+    form: Form | None = None,
 ) -> StageResult:
     """Prune every block of `model` and write its shards into `staged`.
 
@@ -57,11 +73,13 @@ def prune_stage(
         staged: Where shards and journal lines go.
         shard_names: File name per block.
         reporter: Told about every block.
+        form: How pruned tensors are packed; None leaves them dense.
     """
     context = AllocationContext(plan.targets, plan.pattern, _visitor(model, plan, samples, reporter))
     budgets = allocate(plan, context)
     linears: dict[str, dict[str, Any]] = {}
     tensors: dict[str, dict[str, Any]] = {}
+    packed_tensors: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
     resumed = 0
     for visit in walk(model, samples, reporter, propagate=plan.stage.propagate, task=f"prune ({plan.stage.method})"):
@@ -69,24 +87,27 @@ def prune_stage(
         entry = staged.finished(key)
         shard = staged.folder / shard_names[visit.index]
         if entry is None:
-            facts, changed = _prune_block(model, visit, plan, budgets)
+            facts, changed, keeps = _prune_block(model, visit, plan, budgets)
             written = checkpoint_tensors(model, visit.index, changed)
-            entry = staged.write_shard(key, shard_names[visit.index], written, facts)
+            packed = pack_changed(written, changed, keeps, facts["tensors"], form) if form else {}
+            facts["packed"] = packed
+            entry = staged.write_shard(key, shard_names[visit.index], written, facts, files.metadata(packed))
         else:
             visit.adopt(shard)
             resumed += 1
         found: Any = entry.facts
         linears.update(found["linears"])
         tensors.update(found["tensors"])
+        packed_tensors.update(found["packed"])
         notes.extend(found["notes"])
         model.redirect(visit.index, shard)
-    return StageResult(linears, tensors, notes, resumed)
+    return StageResult(linears, tensors, packed_tensors, notes, resumed)
 
 
 def _prune_block(
     model: LazyModel, visit: Visit, plan: StagePlan, budgets: Mapping[str, int]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Prune the targets of one block in place; return facts for the journal and the changed checkpoint tensors."""
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Prune the targets of one block in place; return facts for the journal, the changed tensors and their masks."""
     targets = [linear for linear in visit.linears if linear.name in budgets]
     stats = visit.collect(targets, plan.pruner.needs) if targets else {}
     linears: dict[str, dict[str, Any]] = {}
@@ -111,7 +132,7 @@ def _prune_block(
         }
         for name, mask in stored_masks.items()
     }
-    return {"linears": linears, "tensors": tensors, "notes": visit.notes}, changed
+    return {"linears": linears, "tensors": tensors, "notes": visit.notes}, changed, stored_masks
 
 
 def _prune_linear(
@@ -201,6 +222,44 @@ def checkpoint_tensors(model: LazyModel, index: int | None, changed: Mapping[str
         else:
             tensors[key] = read_raw(path, entry)
     return tensors
+
+
+def pack_changed(
+    written: dict[str, RawTensor],
+    changed: Mapping[str, Tensor],
+    keeps: Mapping[str, Tensor],
+    tensors: Mapping[str, Mapping[str, Any]],
+    form: Form,
+) -> dict[str, dict[str, Any]]:
+    """Replace pruned matrices in `written` by their packed parts; return the facts of those that were packed.
+
+    Experts of one layer become one fused parameter when they are loaded, from lists of equal parts. So they share a
+    layout and an encoding, and values are raw: the encoding split may or may not have patches.
+    """
+    facts: dict[str, dict[str, Any]] = {}
+    shared: dict[str, Form] = {}
+    for key, keep in keeps.items():
+        if not files.packable(key, tuple(keep.shape)):
+            continue
+        kind = _EXPERT.sub(".*.", key)
+        wanted = form if kind == key else shared.get(kind, Form(form.layout, form.encoding or Encoding.RAW))
+        packed = choose(
+            changed[key].to(torch_dtype(written[key].dtype)),
+            keep,
+            parse_pattern(str(tensors[key]["pattern"])),
+            layout=wanted.layout,
+            encoding=wanted.encoding,
+            transposed=bool(tensors[key]["transposed"]),
+            where=key,
+        )
+        if kind != key:
+            shared[kind] = Form(packed.layout, packed.encoding)
+        if files.is_plain(packed):
+            continue
+        del written[key]
+        written |= {name: to_raw(part) for name, part in files.parts(key, packed).items()}
+        facts[key] = packed.facts()
+    return facts
 
 
 def _cast(stored: Tensor, dtype: torch.dtype, key: str) -> Tensor:

@@ -25,7 +25,7 @@ from sparsekit.errors import CheckpointError, VersionError
 FILE = "sparsekit.json"
 FORMAT = "sparsekit-checkpoint"
 FORMAT_VERSION = 1
-LAYOUTS = ("dense",)
+LAYOUTS = ("dense", "packed")
 LIMIT_BYTES = 1 << 28
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

@@ -120,7 +120,12 @@ class StagedCheckpoint:
         return entry
 
     def write_shard(
-        self, key: str, file_name: str, tensors: Mapping[str, RawTensor], facts: Mapping[str, JSON]
+        self,
+        key: str,
+        file_name: str,
+        tensors: Mapping[str, RawTensor],
+        facts: Mapping[str, JSON],
+        metadata: Mapping[str, str] | None = None,
     ) -> JournalEntry:
         """Write one shard and journal it; both are durable when this returns.
 
@@ -129,13 +134,14 @@ class StagedCheckpoint:
             file_name: Its file in the checkpoint.
             tensors: What it holds.
             facts: Anything the caller wants back from `finished`, such as realised counts.
+            metadata: More entries for the file's own metadata.
 
         Raises:
             DiskFull: Too little space, found before writing where possible.
             IndexMismatch: A tensor or file that another shard of this run already has.
         """
         self._refuse_clash(key, file_name, tensors)
-        header = {"format": "pt", "sparsekit_run": self.run_id, "sparsekit_key": key}
+        header = {"format": "pt", "sparsekit_run": self.run_id, "sparsekit_key": key, **(metadata or {})}
         needed_bytes = encoded_size(tensors, header)
         path = self._fresh(file_name)
         fs.require_space(path, needed_bytes, f"shard {file_name}")

@@ -14,7 +14,7 @@ from sparsekit.errors import GateMissed
 from sparsekit.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
-    from sparsekit.run import Prepared
+    from sparsekit.prepared import Prepared
 
 
 def prune(
@@ -49,7 +49,8 @@ def prune(
     changes = [*(overrides or ()), *([f"calibration.seed={seed}"] if seed is not None else [])]
     chosen = load_recipe(recipe, changes)
     from sparsekit.models.source import open_model
-    from sparsekit.run import default_out, execute, prepare
+    from sparsekit.prepared import default_out, prepare
+    from sparsekit.run import execute
 
     with render.reporter(quiet=quiet) as reporter:
         source = open_model(model, reporter, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -87,7 +88,7 @@ def prune(
 
 
 def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:
-    from sparsekit.run import describe_plan
+    from sparsekit.describe import describe_plan
 
     plan = describe_plan(prepared, out)
     if as_json:

@@ -27,7 +27,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class _Captured(Exception):  # noqa: N818  (a signal that ends the capture pass, not an error)
+class _Captured(Exception):  # a signal that ends the capture pass, not an error
     """Raised when the last block has been reached: nothing behind it is needed."""
 
 

@@ -19,6 +19,7 @@ from sparsekit.lazy import torch
 from sparsekit.models import headers
 from sparsekit.models.headers import Becomes
 from sparsekit.models.structure import Stack, find_stack
+from sparsekit.pack.files import PackedFile
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -177,9 +178,14 @@ class LazyModel:
         transformers_logging.disable_progress_bar()
         with ExitStack() as stack:
             files: dict[Path, Any] = {}
+            written: PackedFile | None = None
             state: dict[str, Any] = {}
             for key in self.keys(index):
                 path = self.origin(index, key)
+                if index is not None and index in self._shards:  # written by this run, perhaps packed
+                    written = written or PackedFile(path)
+                    state[key] = written.dense(key)
+                    continue
                 if path not in files:
                     files[path] = stack.enter_context(safe_open(path, framework="pt"))
                 state[key] = files[path].get_slice(key)

@@ -138,8 +138,7 @@ def tap_inputs(linears: Sequence[Linear], tap: Tap) -> list[RemovableHandle]:
             handles.append(linear.module.register_forward_pre_hook(_module_hook(linear.name, tap)))
         else:
             experts.setdefault(id(linear.module), []).append(linear)
-    for group in experts.values():
-        handles.append(group[0].module.register_forward_pre_hook(_experts_hook(group, tap)))
+    handles += [group[0].module.register_forward_pre_hook(_experts_hook(group, tap)) for group in experts.values()]
     return handles
 
 

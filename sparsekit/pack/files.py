@@ -1,8 +1,8 @@
 """Packed tensors in safetensors files: what their parts are called, and how a file says what they are.
 
 The parts of tensor `x.weight` are called `x.weight_nz`, `x.weight_bitmask` and so on. The file's metadata carries one
-JSON object under `sparsekit_packed`: dense tensor name -> `PackedTensor.facts`. A tensor that stays dense keeps its name
-and needs no entry.
+JSON object under `sparsekit_packed`: dense tensor name -> `PackedTensor.facts`. A tensor that stays dense keeps its
+name and needs no entry.
 """
 
 from __future__ import annotations

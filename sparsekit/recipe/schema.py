@@ -129,8 +129,18 @@ class PruneStage(Section):
 class SaveSpec(Section):
     """How the checkpoint is written."""
 
-    format: Literal["auto", "dense"] = Field(default="dense", description="layout of the weights")
-    values: Literal["auto", "raw"] = Field(default="raw", description="encoding of the kept values")
+    format: Literal["auto", "dense", "bitmask", "nm", "block"] = Field(
+        default="dense", description="layout of pruned weights; auto: per tensor the smallest that loses nothing"
+    )
+    values: Literal["auto", "raw", "split", "int8", "int4"] = Field(
+        default="auto", description="encoding of kept values; auto never loses a bit, int8 and int4 do"
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.format == "dense" and self.values not in ("auto", "raw"):
+            raise ValueError(f"values: {self.values} needs a packed format, not format: dense")
+        return self
 
 
 class EvaluateSpec(Section):

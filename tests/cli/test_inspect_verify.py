@@ -20,6 +20,7 @@ from sparsekit.checkpoint.safetensors_file import read_header
 from sparsekit.cli.app import build
 from sparsekit.inspect_model import inspect_model
 from sparsekit.models.source import open_model
+from sparsekit.prepared import prepare
 from sparsekit.progress import Silent
 from sparsekit.recipe.load import load_recipe
 from tests.support import tiny
@@ -38,7 +39,7 @@ def document(*arguments):
 
 
 def prune(source, out, recipe="wanda-50"):
-    prepared = run.prepare(load_recipe(recipe, SMALL), open_model(str(source), Silent()))
+    prepared = prepare(load_recipe(recipe, SMALL), open_model(str(source), Silent()))
     return run.execute(prepared, out, Silent(), evaluation=False).out
 
 

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsekit import run
+from sparsekit import describe, run
 from sparsekit.checkpoint.verify import verify
 from sparsekit.errors import OutputExists, ResumeMismatch
 from sparsekit.models.source import open_model
+from sparsekit.prepared import prepare
 from sparsekit.progress import Silent
 from sparsekit.recipe.load import load_recipe
 from tests.support import tiny
@@ -24,7 +25,7 @@ EVAL = ["evaluate.samples=2", "evaluate.sequence_length=32"]
 
 def prune(folder, out, recipe="wanda-50", sets=(), evaluation=False, **options):
     chosen = load_recipe(recipe, [*SMALL, *EVAL, *sets])
-    prepared = run.prepare(chosen, open_model(str(folder), Silent()))
+    prepared = prepare(chosen, open_model(str(folder), Silent()))
     return run.execute(prepared, out, Silent(), evaluation=evaluation, **options)
 
 
@@ -118,7 +119,7 @@ def test_an_asked_dtype_is_written_everywhere(tmp_path):
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.float32)
     chosen = load_recipe("wanda-50", SMALL)
     source = open_model(str(folder), Silent(), dtype="bf16")
-    run.execute(run.prepare(chosen, source), tmp_path / "out", Silent(), evaluation=False)
+    run.execute(prepare(chosen, source), tmp_path / "out", Silent(), evaluation=False)
     assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
@@ -141,7 +142,7 @@ def test_side_files_go_along_and_weights_do_not(llama, tmp_path):
 def test_the_saved_recipe_runs_again_and_gives_the_same_weights(llama, tmp_path):
     prune(llama, tmp_path / "one")
     chosen = load_recipe(str(tmp_path / "one/recipe.yaml"))
-    run.execute(run.prepare(chosen, open_model(str(llama), Silent())), tmp_path / "two", Silent(), evaluation=False)
+    run.execute(prepare(chosen, open_model(str(llama), Silent())), tmp_path / "two", Silent(), evaluation=False)
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -243,7 +244,7 @@ def test_a_resumed_run_names_what_changed(llama, tmp_path, monkeypatch):
     with pytest.raises(ResumeMismatch, match=r"calibration"):
         prune(llama, tmp_path / "out", sets=["calibration.seed=4"])
     with monkeypatch.context() as patch:
-        patch.setattr(run, "__version__", "99")
+        patch.setattr(describe, "__version__", "99")
         with pytest.raises(ResumeMismatch, match=r"versions\.sparsekit"):
             prune(llama, tmp_path / "out")
     resumed = prune(llama, tmp_path / "out")

@@ -167,7 +167,7 @@ OTHER_ERRORS = {
     "calibration: {source: 3}": "5:23: calibration.source: must be text, got 3",
     "calibration: c4": "5:14: calibration: must be a mapping of keys to values, got 'c4'",
     "evaluate: {tasks: [1]}": "5:20: evaluate.tasks.0: must be text, got 1",
-    "save: {format: dens}": "5:16: save.format: must be one of auto, dense, got 'dens'; did you mean 'dense'?",
+    "save: {format: dens}": "5:16: save.format: must be one of auto, dense, bitmask, nm, block, got 'dens'; did you mean 'dense'?",
     "gates: {max_kl: x}": "5:17: gates.max_kl: must be a number of at least 0 or null, got 'x'",
     "gates: {max_perplexity_ratio: 0}": "5:31: gates.max_perplexity_ratio: must be a number above 0 or null, got 0",
     "gates: {min_metrics: {acc: 1}}": "5:22: gates.min_metrics: key 'acc' must be task/metric, such as arc_easy/acc",
@@ -205,7 +205,7 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
         f"r.yaml:5:28: stages.1.method: Unknown pruner 'nothing'. Available: {PRUNERS}",
         "r.yaml:5:47: stages.1.sparsity: must be a number from 0 to 1, got 'half'",
         "r.yaml:5:53: stages.1: unknown key 'ingore'; did you mean 'ignore'?",
-        "r.yaml:6:16: save.format: must be one of auto, dense, got 'zip'",
+        "r.yaml:6:16: save.format: must be one of auto, dense, bitmask, nm, block, got 'zip'",
     ]
 
 

@@ -209,7 +209,7 @@ def test_problems_name_the_file_they_are_in(write: Any) -> None:
         load_recipe(mine)
     assert str(caught.value).splitlines() == [
         "base.yaml:3:3: calibration: unknown key 'sampels'; did you mean 'samples'?",
-        "base.yaml:4:16: save.format: must be one of auto, dense, got 'sparse'",
+        "base.yaml:4:16: save.format: must be one of auto, dense, bitmask, nm, block, got 'sparse'",
         "mine.yaml:7:8: save: unknown key 'valus'; did you mean 'values'?",
     ]
 

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 
 from sparsekit import run
 from sparsekit.models.source import open_model
+from sparsekit.prepared import prepare
 from sparsekit.progress import Silent
 from sparsekit.recipe.load import load_recipe
 from sparsekit.report import one_line, pages
@@ -55,7 +56,7 @@ def prune(family, folder, *, recipe="wanda-50", card=None, evaluation=True, sets
     if card is not None:
         (source / "README.md").write_text(card)
     out = folder / "out put"
-    prepared = run.prepare(load_recipe(recipe, [*SMALL, *sets]), open_model(str(source), Silent()))
+    prepared = prepare(load_recipe(recipe, [*SMALL, *sets]), open_model(str(source), Silent()))
     command = ["sparsekit", "prune", str(source), "-r", recipe, f"--out={out}"]
     return run.execute(prepared, out, Silent(), evaluation=evaluation, command=command)
 

@@ -1,0 +1,90 @@
+"""What makes written shards a model: names, index, configuration, side files of the source."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from pathlib import Path
+
+from sparsekit.checkpoint.safetensors_file import read_header
+from sparsekit.checkpoint.staging import StagedCheckpoint
+from sparsekit.prepared import Prepared
+from sparsekit.prune import checkpoint_tensors
+from sparsekit.recipe.load import dump_yaml
+
+OUTER = "outer"
+"""Journal key of the shard with embeddings, final norm and head."""
+
+# Weights and what only describes them, and what a run writes anew; everything else of a model folder goes along.
+_NOT_SIDE_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf",
+    "*.h5", "*.msgpack", "*.onnx", "config.json", "README.md", "sparsekit.json", "recipe.yaml", "report.json",
+    "report.html", ".*",
+)  # fmt: skip
+
+
+def write_model_files(prepared: Prepared, staged: StagedCheckpoint) -> None:
+    """Write what makes the shards a model: the outer shard, index, config, recipe, side files of the source."""
+    model, source = prepared.model, prepared.source
+    *_, last = shard_names(prepared)
+    if staged.finished(OUTER) is None:
+        staged.write_shard(OUTER, last, checkpoint_tensors(model, None, {}), {})
+    staged.write_file(f"{_stem(prepared)}.safetensors.index.json", _index(staged.folder))
+    staged.write_file("config.json", _config(prepared))
+    staged.write_file("recipe.yaml", dump_yaml(prepared.recipe.resolved()).encode())
+    for path in sorted(source.folder.iterdir()):
+        if path.is_file() and not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_SIDE_FILES):
+            staged.copy_file(path, path.name)
+
+
+def is_packed(prepared: Prepared) -> bool:
+    """Whether the recipe asks for packed weights."""
+    return prepared.recipe.save.format != "dense"
+
+
+def shard_names(prepared: Prepared) -> list[str]:
+    """Return one file name per block and one for everything outside the blocks.
+
+    Packed weights do not carry the usual name: a loader that cannot read them must not find a file, rather than load
+    something wrong.
+    """
+    count = prepared.model.blocks + 1
+    return [f"{_stem(prepared)}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _stem(prepared: Prepared) -> str:
+    return "sparsekit_model" if is_packed(prepared) else "model"
+
+
+def _index(folder: Path) -> bytes:
+    weight_map: dict[str, str] = {}
+    total = 0
+    for path in sorted(folder.glob("*model-*.safetensors")):
+        for name, entry in read_header(path).tensors.items():
+            weight_map[name] = path.name
+            total += entry.end - entry.start
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _config(prepared: Prepared) -> bytes:
+    """Return the source's config.json, with the dtype the weights now have and a note of what was done.
+
+    A top-level key is inert in transformers and vLLM; one inside quantization_config would not be.
+    """
+    config = json.loads((prepared.source.folder / "config.json").read_text(encoding="utf-8"))
+    if prepared.source.cast:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(prepared.source.dtype).removeprefix("torch.")
+    stage = prepared.recipe.stages[-1]
+    config["sparsity_config"] = {
+        "tool": "sparsekit",
+        "recipe": prepared.recipe.name,
+        "method": stage.method,
+        "sparsity": stage.sparsity,
+        "pattern": stage.pattern,
+    }
+    if is_packed(prepared):
+        # Never sparsity_config in here: vLLM refuses it.
+        config["quantization_config"] = {"quant_method": "sparsekit", "format_version": 1, "pattern": stage.pattern}
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,147 @@
+"""Plans and results as JSON values: what --dry-run shows, what report.json and the manifest hold."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sparsekit import __version__
+from sparsekit.contracts import AllocationContext
+from sparsekit.data.packing import TokenBlocks
+from sparsekit.errors import CheckpointError
+from sparsekit.models.lazy_model import LazyModel
+from sparsekit.plan import StagePlan, allocate
+from sparsekit.prepared import Prepared
+from sparsekit.prune import StageResult
+
+
+def describe_plan(prepared: Prepared, out: Path) -> dict[str, Any]:
+    """Return what `execute` would do, as JSON values: per stage and kind of linear, with the cost.
+
+    Budgets of an allocator that looks at the model first are known only when it runs; its kinds show the average.
+    """
+    return {
+        "model": prepared.source.name,
+        "recipe": prepared.recipe.name,
+        "out": str(out),
+        "blocks": prepared.model.blocks,
+        "stages": [_describe_plan(prepared.model, plan) for plan in prepared.plans],
+        "cost": asdict(prepared.cost),
+    }
+
+
+def _describe_plan(model: LazyModel, plan: StagePlan) -> dict[str, Any]:
+    share = plan.budget / plan.numel
+    budgets = {linear.name: share * linear.numel for linear in plan.targets}
+    if not plan.allocator.looks:
+        budgets |= allocate(plan, AllocationContext(plan.targets, plan.pattern, lambda needs: iter(())))
+    kinds: dict[tuple[str, int, int], list[float]] = {}
+    for linear in plan.targets:
+        kind = linear.name.removeprefix(f"{model.stack.prefix(linear.block)}.")
+        kind = re.sub(r"\.\d+\.", ".*.", kind)  # experts of one layer are one kind
+        key = (kind, linear.out_features, linear.in_features)
+        kinds.setdefault(key, []).append(1 - budgets[linear.name] / linear.numel)
+    return {
+        "method": plan.stage.method,
+        "allocate": plan.stage.allocator()[0],
+        "pattern": str(plan.pattern),
+        "sparsity": plan.stage.sparsity,
+        "targets": len(plan.targets),
+        "ignored": list(plan.ignored),
+        "coverage": plan.coverage,
+        "kept": plan.budget,
+        "numel": plan.numel,
+        "linears": {
+            linear.name: {"shape": [linear.out_features, linear.in_features], "kept": round(budgets[linear.name])}
+            for linear in plan.targets
+        },
+        "kinds": [
+            {
+                "kind": kind,
+                "shape": [rows, columns],
+                "count": len(sparsities),
+                "pattern": str(plan.pattern),
+                "sparsity_range": [min(sparsities), max(sparsities)],
+            }
+            for (kind, rows, columns), sparsities in kinds.items()
+        ],
+    }
+
+
+def describe_model(prepared: Prepared) -> dict[str, Any]:
+    """The source model, for report.json."""
+    source = prepared.source
+    return {
+        "name": source.name,
+        "label": source.label,
+        "revision": source.revision,
+        "model_type": source.config.model_type,
+        "blocks": prepared.model.blocks,
+        **source.identity(),
+    }
+
+
+def base(model: dict[str, Any]) -> dict[str, Any]:
+    """Return the source model as the manifest names it: manifests are published, local paths are not."""
+    return {key: value for key, value in model.items() if key != "name"}
+
+
+def describe_blocks(blocks: TokenBlocks | None) -> dict[str, Any] | None:
+    """The calibration text, None when a run read none."""
+    if blocks is None:
+        return None
+    samples, length = blocks.ids.shape
+    return {
+        "source": blocks.source,
+        "samples": samples,
+        "sequence_length": length,
+        "tokens": samples * length,
+        "fingerprint": blocks.fingerprint,
+    }
+
+
+def describe_stage(plan: StagePlan, result: StageResult) -> dict[str, Any]:
+    """What a stage did; proves that the realised counts meet the budget."""
+    kept = sum(int(facts["kept"]) for facts in result.linears.values())
+    if kept != plan.budget:
+        raise CheckpointError(f"{kept} weights are kept in all linears together, the budget is {plan.budget}")
+    return {
+        "method": plan.stage.method,
+        "options": plan.stage.method_options().model_dump(mode="json"),
+        "allocate": plan.stage.allocator()[0],
+        "pattern": str(plan.pattern),
+        "sparsity": plan.stage.sparsity,
+        "achieved_sparsity": 1 - kept / plan.numel,
+        "kept": kept,
+        "numel": plan.numel,
+        "coverage": plan.coverage,
+        "ignored": list(plan.ignored),
+        "linears": result.linears,
+        "notes": result.notes,
+        "resumed_blocks": result.resumed,
+    }
+
+
+def tools() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {
+        "sparsekit": __version__,
+        **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+        "python": ".".join(map(str, sys.version_info[:3])),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def weights_bytes(folder: Path) -> int:
+    """Return the bytes of a folder's weight files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -1,0 +1,52 @@
+"""A recipe and a model brought together: everything known before the first weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsekit.errors import PlanError
+from sparsekit.models.lazy_model import LazyModel
+from sparsekit.models.source import ModelSource
+from sparsekit.plan import Cost, StagePlan, estimate, plan_stage
+from sparsekit.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything known before the first weight is read."""
+
+    recipe: Recipe
+    source: ModelSource
+    model: LazyModel
+    plans: tuple[StagePlan, ...]
+    cost: Cost
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any stage reads calibration text."""
+        return any(plan.needs_data for plan in self.plans)
+
+
+def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
+    """Plan a recipe for a model; refuses all that can be refused without reading weights or text."""
+    model = source.lazy()
+    model.require_tensors()
+    plans = tuple(
+        plan_stage(model, stage, recipe.calibration.seed, where=f"stages.{position}")
+        for position, stage in enumerate(recipe.stages)
+    )
+    spec = recipe.calibration
+    length = spec.sequence_length or min(2048, source.max_length)
+    if length > source.max_length:
+        raise PlanError(
+            f"calibration.sequence_length {length} is longer than the model's maximum {source.max_length}",
+            hint=f"Set it to {source.max_length} or less.",
+        )
+    samples = spec.samples if any(plan.needs_data for plan in plans) else 0
+    return Prepared(recipe, source, model, plans, estimate(model, plans, samples, length))
+
+
+def default_out(recipe: Recipe, source: ModelSource) -> Path:
+    """Return `<model name>-<recipe>` in the current folder."""
+    return Path.cwd() / f"{source.label}-{recipe.name}"
