@@ -36,7 +36,6 @@ from sparsekit.errors import (
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 EXIT_PIPE = 141
-_LEAST_BYTES = 512 << 20  # what torch's libraries want to map
 _ALLOCATION = "DefaultCPUAllocator"  # torch has no exception of its own for memory that is not on a GPU
 
 # command, module, function: in the order of the help page; a module imports what is heavy inside its function
@@ -178,7 +177,7 @@ def _expected(error: BaseException) -> SparsekitError | None:
     """Return the error as one of ours, None if nobody foresaw it."""
     if isinstance(error, SparsekitError):
         return error
-    if _is_out_of_memory(error):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _ALLOCATION in str(error)):
         return OutOfMemory("not enough memory", hint="Close other programs, or use fewer or shorter samples.")
     if isinstance(error, OSError):
         where = str(error.filename) if error.filename else None
@@ -191,22 +190,6 @@ def _expected(error: BaseException) -> SparsekitError | None:
         if error.errno in (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE):
             return ResourceError(str(error.strerror), where=where, hint="Check disk and limits, then try again.")
     return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ended the command; libraries say so in their own ways, and not always."""
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _ALLOCATION in str(error)):
-        return True
-    if not isinstance(error, ImportError | SystemError):  # a library that cannot be mapped, an interpreter that fails
-        return False
-    import resource
-
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft == resource.RLIM_INFINITY or not os.path.exists("/proc/self/statm"):
-        return False
-    with open("/proc/self/statm", encoding="ascii") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    return soft - used < _LEAST_BYTES
 
 
 def _require_folder() -> None:
