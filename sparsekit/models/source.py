@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from sparsekit.checkpoint.source import WeightFiles, open_weights
 from sparsekit.errors import ModelError, RemoteCodeRefused, UnsupportedFamily, UsageError
-from sparsekit.lazy import torch
+from sparsekit.lazy import require_address_space, torch
 from sparsekit.models.gguf import import_gguf
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.raw import torch_dtype
@@ -158,6 +158,7 @@ def open_model(
     """
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    require_address_space()
     path = Path(name).expanduser()
     commit: str | None = None
     if path.suffix == ".gguf" and not path.is_dir():
