@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sparsekit.pack.bits import offsets, pack_mask, unpack_mask
 from sparsekit.pack.checks import require_mask, require_offsets
-from sparsekit.pack.support import MaskSupport, Support
+from sparsekit.pack.support import Extent, MaskSupport, Support
 from sparsekit.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: Patte
     return MaskSupport(unpack_mask(tensors["weight_bitmask"], shape[1]))
 
 
-def check(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: Pattern, where: str) -> int:
-    """Prove bitmask and row offsets; return the number of kept weights."""
+def check(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: Pattern, where: str) -> Extent:
+    """Prove bitmask and row offsets; return the extent of the kept positions."""
     counts = require_mask(tensors["weight_bitmask"], *shape, where)
     require_offsets(tensors["weight_row_offsets"], counts, where)
-    return int(counts.sum())
+    return Extent(counts, (int(counts.sum()),))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sparsekit.errors import PatternViolation
 from sparsekit.pack.bits import offsets, pack_mask, unpack_mask
 from sparsekit.pack.checks import require_mask, require_offsets
-from sparsekit.pack.support import BlockSupport, Support
+from sparsekit.pack.support import BlockSupport, Extent, Support
 from sparsekit.pattern import Block, Pattern
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: Patte
     return BlockSupport(unpack_mask(tensors["weight_bitmask"], shape[1] // block.cols), block)
 
 
-def check(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: Pattern, where: str) -> int:
-    """Prove grid bitmask and block offsets; return the number of kept weights."""
+def check(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: Pattern, where: str) -> Extent:
+    """Prove grid bitmask and block offsets; return the extent of the kept positions."""
     block = _block(pattern, where)
     pattern.check(*shape, where=where)
     counts = require_mask(tensors["weight_bitmask"], shape[0] // block.rows, shape[1] // block.cols, where)
     require_offsets(tensors["weight_row_offsets"], counts, where)
-    return int(counts.sum()) * block.unit
+    return Extent(counts * block.unit, (int(counts.sum()), block.rows, block.cols))
 
 
 def _block(pattern: Pattern, where: str) -> Block:

@@ -45,9 +45,17 @@ def choose(
         SparsekitError: As `pack`.
     """
     best: PackedTensor | None = None
-    for form in candidates(weight, pattern, layout, encoding):
+    forms = candidates(weight, pattern, layout, encoding)
+    numel, nnz = weight.numel(), int(keep.sum())
+    for form in sorted(forms, key=lambda form: _least(form, numel, nnz, weight.element_size())):
+        # Most promising first: a form that cannot win is not packed at all.
+        if best is not None and _least(form, numel, nnz, weight.element_size()) > _cost(best):
+            continue
         packed = pack(weight, keep, *form, pattern, transposed=transposed, where=where)
-        if best is None or _cost(packed) < _cost(best):
+        if best is None or (_cost(packed), forms.index(form)) < (
+            _cost(best),
+            forms.index((best.layout, best.encoding)),
+        ):
             best = packed
     if best is None:
         asked = f"format {layout or 'auto'} with values {encoding or 'auto'}"
@@ -77,3 +85,12 @@ def candidates(
 def _cost(packed: PackedTensor) -> int:
     """Return the bytes in the file, header entries included."""
     return packed.size_bytes + HEADER_BYTES * len(packed.tensors)
+
+
+def _least(form: tuple[Layout, Encoding], numel: int, nnz: int, element_bytes: int) -> float:
+    """Return a lower bound of the bytes that a form takes."""
+    layout, encoding = form
+    values = numel if layout is Layout.DENSE else nnz
+    mask = numel / 8 if layout is Layout.BITMASK else 0
+    bits = {Encoding.RAW: 8 * element_bytes, Encoding.SPLIT: 11, Encoding.INT8: 8, Encoding.INT4: 4}[encoding]
+    return values * bits / 8 + mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sparsekit.pack.support import DenseSupport, Support
+from sparsekit.pack.support import DenseSupport, Extent, Support
 from sparsekit.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: Patte
     return DenseSupport(*shape)
 
 
-def check(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: Pattern, where: str) -> int:
-    """Return the number of positions; there is nothing that could be wrong."""
-    return shape[0] * shape[1]
+def check(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: Pattern, where: str) -> Extent:
+    """Return the extent of all positions; there is nothing that could be wrong."""
+    support = DenseSupport(*shape)
+    return Extent(support.counts, support.value_shape)

@@ -14,7 +14,7 @@ from sparsekit.errors import BadIndex, PatternViolation
 from sparsekit.lazy import torch
 from sparsekit.pack.bits import code_bytes, pack_codes, padding_is_zero, unpack_codes
 from sparsekit.pack.checks import require
-from sparsekit.pack.support import ColumnSupport, Support
+from sparsekit.pack.support import ColumnSupport, Extent, Support
 from sparsekit.pattern import NM, Pattern
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: Patte
     return ColumnSupport(_columns(_inside(tensors["weight_index"], shape, nm), nm), shape[1])
 
 
-def check(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: Pattern, where: str) -> int:
-    """Prove the indices: in range, ascending, padding 0; return the number of kept weights."""
+def check(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: Pattern, where: str) -> Extent:
+    """Prove the indices: in range, ascending, padding 0; return the extent of the kept positions."""
     nm = _nm(pattern, where)
     pattern.check(*shape, where=where)
     rows, cols = shape
@@ -75,7 +75,7 @@ def check(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: Patter
         row, place = divmod(group, cols // nm.of)
         kind = f"an index of {nm.of} or more" if bool(beyond[group]) else "indices that do not ascend"
         raise BadIndex(f"weight_index has {kind} in row {row}, group {place}: {groups[group].tolist()}", where=where)
-    return rows * kept
+    return Extent(_counts(rows, kept), (rows, kept))
 
 
 def _inside(index: Tensor, shape: tuple[int, int], nm: NM) -> Tensor:

@@ -14,7 +14,7 @@ from sparsekit.errors import BadIndex, NonFinite
 from sparsekit.lazy import torch
 from sparsekit.pack.bits import code_bytes, pack_codes, padding_is_zero, unpack_codes
 from sparsekit.pack.checks import require
-from sparsekit.pack.support import DenseSupport, Support
+from sparsekit.pack.support import DenseSupport, Extent, Support
 from sparsekit.pack.types import GROUP, Encoding
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def decode(tensors: Mapping[str, Tensor], support: Support, encoding: Encoding, 
 
 
 def check(
-    tensors: Mapping[str, Tensor], support: Support, encoding: Encoding, shape: tuple[int, int], where: str
+    tensors: Mapping[str, Tensor], extent: Extent, encoding: Encoding, shape: tuple[int, int], where: str
 ) -> None:
     """Prove lengths, padding and scales.
 
@@ -76,12 +76,12 @@ def check(
     if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
         raise BadIndex("weight_scales has a scale that is negative or not finite", where=where)
     if encoding is Encoding.INT8:
-        require(stored, "weight_nz", torch.int8, _int8_shape(support, int(support.counts.sum())), where)
+        require(stored, "weight_nz", torch.int8, _int8_shape(extent, extent.nnz), where)
         if bool((stored == -128).any()):
             raise BadIndex("weight_nz has the code -128, which no writer makes", where=where)
         return
-    require(stored, "weight_nz", torch.uint8, _int4_shape(support), where)
-    if not padding_is_zero(stored.reshape(-1), support.counts, 4):
+    require(stored, "weight_nz", torch.uint8, _int4_shape(extent), where)
+    if not padding_is_zero(stored.reshape(-1), extent.counts, 4):
         raise BadIndex("weight_nz has bits set past the last code of a row", where=where)
 
 
@@ -104,11 +104,11 @@ def _columns(scales: Tensor, cols: int) -> Tensor:
     return scales.to(torch.float32).repeat_interleave(GROUP, 1)[:, :cols].contiguous()
 
 
-def _int8_shape(support: Support, nnz: int) -> tuple[int, ...]:
+def _int8_shape(support: Support | Extent, nnz: int) -> tuple[int, ...]:
     return support.value_shape if len(support.value_shape) == 2 else (nnz,)
 
 
-def _int4_shape(support: Support) -> tuple[int, ...]:
+def _int4_shape(support: Support | Extent) -> tuple[int, ...]:
     """Rows of equal length keep them as rows: [rows, bytes]."""
     shape = support.value_shape
     return (shape[0], (shape[1] + 1) // 2) if len(shape) == 2 else (int(code_bytes(support.counts, 4).sum()),)

@@ -10,15 +10,15 @@ Every 16 rows have their own dictionary and their own width of a code:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparsekit.errors import BadIndex
 from sparsekit.lazy import torch
-from sparsekit.pack.bits import code_bytes, pack_codes, padding_is_zero, unpack_codes
+from sparsekit.pack.bits import code_bytes, offsets, pack_codes, padding_is_zero, unpack_codes
 from sparsekit.pack.checks import require
-from sparsekit.pack.support import Support
+from sparsekit.pack.support import DenseSupport, Extent, MaskSupport, Support
 from sparsekit.pack.types import ENTRIES, SPLIT_ROWS
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ PATCHES = frozenset({"weight_patch_row", "weight_patch_col", "weight_patch_value
 """Present together when there are patches, absent together when there are none."""
 WIDTHS = (3, 4, 8)
 PATCH_BYTES = 10
+Ranked = DenseSupport | MaskSupport
+"""Layouts that can hold split values."""
+_PIECE = 1 << 20  # values looked at together
 
 
 @dataclass(frozen=True)
@@ -49,52 +52,56 @@ def encode(values: Tensor, support: Support) -> dict[str, Tensor]:
     """
     counts = support.counts
     halves = values.contiguous().view(torch.uint8).reshape(-1, 2)
-    low, high = halves[:, 0].contiguous(), halves[:, 1]
-    lines = _lines(counts)  # [nnz], row block of each value
-    key = lines * 256 + high
-    plan = _plan(torch.bincount(key, minlength=_blocks(counts) * 256).reshape(-1, 256), counts)
-    code = plan.code.reshape(-1)[key]
+    low, high = halves[:, 0].contiguous(), halves[:, 1].contiguous()
+    histogram = torch.zeros((_blocks(counts), 256), dtype=torch.int64)
+    for lines, part, _ in _pieces(counts, high):
+        histogram[lines] = _count(part, counts[_rows(lines)])
+    plan = _plan(histogram, counts)
+    code, known = torch.empty_like(high), torch.empty_like(high, dtype=torch.bool)
+    for lines, part, place in _pieces(counts, high):
+        key = _keys(part, counts[_rows(lines)])
+        code[place] = plan.code[lines].reshape(-1)[key]
+        known[place] = plan.known[lines].reshape(-1)[key]
     tensors = {
         "weight_low": low,
         "weight_code": _pack(code, counts, plan.width),
         "weight_width": plan.width.to(torch.uint8),
         "weight_dict": plan.dictionary,
     }
-    misses = support.scatter(~plan.known.reshape(-1)[key])
-    if bool(misses.any()):
-        row, col = misses.nonzero().unbind(1)
+    if not bool(known.all()):
+        row, col = support.scatter(~known).nonzero().unbind(1)
         tensors["weight_patch_row"] = row.to(torch.uint32)
         tensors["weight_patch_col"] = col.to(torch.uint32)
-        tensors["weight_patch_value"] = support.scatter(values.view(torch.int16))[row, col].view(torch.bfloat16)
+        # Storage order is row-major, so the patches stand in the stream as they do in the matrix.
+        tensors["weight_patch_value"] = values[~known].contiguous()
     return tensors
 
 
-def decode(tensors: Mapping[str, Tensor], support: Support) -> Tensor:
+def decode(tensors: Mapping[str, Tensor], support: Ranked) -> Tensor:
     """Return the values in storage order, bf16 [nnz], of checked tensors."""
     counts = support.counts
     code = _unpack(tensors["weight_code"], counts, tensors["weight_width"].to(torch.int64))
     halves = torch.empty((len(code), 2), dtype=torch.uint8)
     halves[:, 0] = tensors["weight_low"]
-    halves[:, 1] = _table(tensors).reshape(-1)[_lines(counts) * 256 + code]
+    table = _table(tensors)
+    for lines, part, place in _pieces(counts, code):
+        halves[place, 1] = table[lines].reshape(-1)[_keys(part, counts[_rows(lines)])]
     values = halves.reshape(-1).view(torch.int16)
     if "weight_patch_row" in tensors:
-        dense = support.scatter(values)
-        row, col = _positions(tensors)
-        dense[row, col] = tensors["weight_patch_value"].view(torch.int16)
-        values = support.gather(dense)
+        values[support.rank(*_positions(tensors))] = tensors["weight_patch_value"].view(torch.int16)
     return values.view(torch.bfloat16)
 
 
-def check(tensors: Mapping[str, Tensor], support: Support, shape: tuple[int, int], nnz: int, where: str) -> None:
-    """Prove lengths, widths, dictionaries, padding and patches.
+def check(tensors: Mapping[str, Tensor], extent: Extent, where: str) -> None:
+    """Prove lengths, widths, dictionaries and padding.
 
     Raises:
         HeaderError: A dtype or shape.
         BadIndex: A content.
     """
-    counts = support.counts
+    counts = extent.counts
     blocks = _blocks(counts)
-    require(tensors["weight_low"], "weight_low", torch.uint8, (nnz,), where)
+    require(tensors["weight_low"], "weight_low", torch.uint8, (extent.nnz,), where)
     require(tensors["weight_width"], "weight_width", torch.uint8, (blocks,), where)
     require(tensors["weight_dict"], "weight_dict", torch.uint8, (blocks, ENTRIES), where)
     width = tensors["weight_width"].to(torch.int64)
@@ -109,14 +116,21 @@ def check(tensors: Mapping[str, Tensor], support: Support, shape: tuple[int, int
     entries = torch.where(width == 3, 8, torch.where(width == 4, 16, 0))
     if bool((tensors["weight_dict"].ne(0) & (torch.arange(ENTRIES) >= entries[:, None])).any()):
         raise BadIndex("weight_dict has an entry that no code of its rows can reach", where=where)
-    if "weight_patch_row" in tensors:
-        _check_patches(tensors, support, shape, per_row, where)
 
 
-def _check_patches(
-    tensors: Mapping[str, Tensor], support: Support, shape: tuple[int, int], per_row: Tensor, where: str
-) -> None:
-    """Prove that patches are in range, ascending, on kept weights, and written as the encoder does."""
+def check_patches(tensors: Mapping[str, Tensor], support: Ranked, shape: tuple[int, int], where: str) -> None:
+    """Prove that patches are in range, ascending, on kept weights, and written as the encoder does.
+
+    Args:
+        tensors: What `check` has passed.
+        support: The kept positions.
+        shape: (rows, cols).
+        where: Name for messages.
+
+    Raises:
+        HeaderError: A dtype or shape.
+        BadIndex: A content.
+    """
     count = tensors["weight_patch_row"].numel()
     require(tensors["weight_patch_row"], "weight_patch_row", torch.uint32, (count,), where)
     require(tensors["weight_patch_col"], "weight_patch_col", torch.uint32, (count,), where)
@@ -127,16 +141,26 @@ def _check_patches(
     flat = row * shape[1] + col
     if bool((flat[1:] <= flat[:-1]).any()):
         raise BadIndex("patches are not in ascending order of row and column", where=where)
-    kept = torch.ones(int(support.counts.sum()), dtype=torch.bool)
-    if not bool(support.scatter(kept)[row, col].all()):
+    place = support.rank(row, col)
+    if bool((place < 0).any()):
         raise BadIndex("a patch on a weight that is not kept", where=where)
+    counts = support.counts
+    per_row = _per_row(tensors["weight_width"].to(torch.int64), counts)
     if bool((per_row[row] == 8).any()):
         raise BadIndex("a patch in rows that store whole bytes", where=where)
-    code = _unpack(tensors["weight_code"], support.counts, tensors["weight_width"].to(torch.int64))
+    code = _code_at(tensors["weight_code"], per_row, counts, row, place - offsets(counts)[row])
     value = tensors["weight_patch_value"].view(torch.uint8).reshape(-1, 2)
-    low = support.scatter(tensors["weight_low"])[row, col]
-    if bool(support.scatter(code)[row, col].any()) or not torch.equal(low, value[:, 0]):
+    if bool(code.any()) or not torch.equal(tensors["weight_low"][place], value[:, 0]):
         raise BadIndex("a patch disagrees with the low byte or code stored for its weight", where=where)
+
+
+def _code_at(data: Tensor, per_row: Tensor, counts: Tensor, row: Tensor, place: Tensor) -> Tensor:
+    """Return the codes of the `place`-th values of rows `row`, i64; no code spans more than two bytes."""
+    width = per_row[row]
+    bit = 8 * offsets(code_bytes(counts, per_row))[row] + place * width
+    first = data[bit // 8].to(torch.int64)
+    second = data[(bit // 8 + 1).clamp_max(len(data) - 1)].to(torch.int64)
+    return ((first | second << 8) >> (bit % 8)) & ((1 << width) - 1)
 
 
 def _plan(histogram: Tensor, counts: Tensor) -> _Plan:
@@ -213,9 +237,31 @@ def _blocks(counts: Tensor) -> int:
     return (len(counts) + SPLIT_ROWS - 1) // SPLIT_ROWS
 
 
-def _lines(counts: Tensor) -> Tensor:
-    """Return the row block of each value, i64 [nnz]."""
-    return (torch.arange(len(counts)) // SPLIT_ROWS).repeat_interleave(counts)
+def _rows(lines: slice) -> slice:
+    """Return the rows of a range of row blocks; the last one may reach past the matrix, as slices may."""
+    return slice(lines.start * SPLIT_ROWS, lines.stop * SPLIT_ROWS)
+
+
+def _pieces(counts: Tensor, stream: Tensor) -> Iterator[tuple[slice, Tensor, slice]]:
+    """Yield (row blocks, their part of `stream`, its place) so that temporary memory stays small."""
+    totals = _sum_blocks(counts)
+    ends = totals.cumsum(0).tolist()
+    first, begin = 0, 0
+    for block, end in enumerate(ends):
+        if end - begin >= _PIECE or block == len(ends) - 1:
+            yield slice(first, block + 1), stream[begin:end], slice(begin, end)
+            first, begin = block + 1, end
+
+
+def _keys(part: Tensor, counts: Tensor) -> Tensor:
+    """Return 256 x row block + byte for each byte of some row blocks, i32."""
+    block = torch.arange(len(counts), dtype=torch.int32) // SPLIT_ROWS * 256
+    return block.repeat_interleave(counts) + part
+
+
+def _count(part: Tensor, counts: Tensor) -> Tensor:
+    """Return how often each byte occurs in each row block, i64 [blocks, 256]."""
+    return torch.bincount(_keys(part, counts), minlength=_blocks(counts) * 256).reshape(-1, 256)
 
 
 def _per_row(width: Tensor, counts: Tensor) -> Tensor:

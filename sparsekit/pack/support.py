@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from sparsekit.lazy import torch
@@ -11,6 +12,9 @@ from sparsekit.pattern import NM, Block, Pattern
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_RANKED = 1024  # rows looked at together
 
 
 class Support(Protocol):
@@ -29,6 +33,24 @@ class Support(Protocol):
 
     def scatter(self, stream: Tensor) -> Tensor:
         """Return [rows, cols] with `stream` at the kept positions and zeros elsewhere."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How many values a layout stores, known without unpacking its positions.
+
+    Attributes:
+        counts: As `Support.counts`.
+        value_shape: As `Support.value_shape`.
+    """
+
+    counts: Tensor
+    value_shape: tuple[int, ...]
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored weights."""
+        return int(self.counts.sum())
 
 
 @dataclass(frozen=True)
@@ -56,6 +78,10 @@ class DenseSupport:
         """Return `stream` as [rows, cols]."""
         return stream.reshape(self.rows, self.cols)
 
+    def rank(self, row: Tensor, col: Tensor) -> Tensor:
+        """Return the places of weights `row, col: [n]` in the stream, i64 [n]."""
+        return row * self.cols + col
+
 
 @dataclass(frozen=True)
 class MaskSupport:
@@ -63,7 +89,7 @@ class MaskSupport:
 
     keep: Tensor
 
-    @property
+    @cached_property
     def counts(self) -> Tensor:
         """Values per row, i64 [rows]."""
         return self.keep.sum(dim=1)
@@ -71,7 +97,7 @@ class MaskSupport:
     @property
     def value_shape(self) -> tuple[int, ...]:
         """(number of kept weights,)."""
-        return (int(self.keep.sum()),)
+        return (int(self.counts.sum()),)
 
     def gather(self, dense: Tensor) -> Tensor:
         """Return the kept elements, row-major."""
@@ -80,6 +106,14 @@ class MaskSupport:
     def scatter(self, stream: Tensor) -> Tensor:
         """Return [rows, cols] with zeros in the holes."""
         return torch.zeros(self.keep.shape, dtype=stream.dtype).masked_scatter_(self.keep, stream)
+
+    def rank(self, row: Tensor, col: Tensor) -> Tensor:
+        """Return the places of weights `row, col: [n]` in the stream, i64 [n]; -1 where one is not kept."""
+        column = torch.arange(self.keep.shape[1])
+        pieces = [slice(start, start + _RANKED) for start in range(0, len(row), _RANKED)]
+        before = [(self.keep[row[piece]] & (column < col[piece, None])).sum(dim=1) for piece in pieces]
+        place = (self.counts.cumsum(0) - self.counts)[row] + torch.cat(before)
+        return torch.where(self.keep[row, col], place, -1)
 
 
 @dataclass(frozen=True)

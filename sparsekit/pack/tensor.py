@@ -19,7 +19,7 @@ from sparsekit.errors import (
 from sparsekit.lazy import torch
 from sparsekit.pack import bitmask, block, dense, nm, quantised, split
 from sparsekit.pack.checks import require, require_names, require_nnz
-from sparsekit.pack.support import Support
+from sparsekit.pack.support import DenseSupport, Extent, MaskSupport, Support
 from sparsekit.pack.types import ALLOWED, DTYPES, Encoding, Layout, PackedTensor, as_bits, dtype_name, torch_dtype
 from sparsekit.pattern import Pattern, Unstructured, parse_pattern
 
@@ -87,11 +87,11 @@ def pack(
 
 def unpack(packed: PackedTensor) -> Tensor:
     """Return the dense weight in the orientation it was packed from; `packed` has passed `validate`."""
-    support = _support(packed)
+    support = _ranked(packed) if packed.encoding is Encoding.SPLIT else _support(packed)
     dtype = torch_dtype(packed.dtype)
     if packed.encoding is Encoding.RAW:
         values = as_bits(packed.tensors[_LAYOUTS[packed.layout].RAW].reshape(-1))
-    elif packed.encoding is Encoding.SPLIT:
+    elif isinstance(support, DenseSupport | MaskSupport) and packed.encoding is Encoding.SPLIT:
         values = as_bits(split.decode(packed.tensors, support))
     else:
         values = as_bits(quantised.decode(packed.tensors, support, packed.encoding, packed.shape[1]).to(dtype))
@@ -142,14 +142,16 @@ def validate(packed: PackedTensor, where: str) -> None:
         require(tensors[SHAPE], SHAPE, torch.int64, (2,), where)
         if tuple(tensors[SHAPE].tolist()) != shape:
             raise HeaderError(f"weight_shape is {tensors[SHAPE].tolist()}, the entry says {list(shape)}", where=where)
-    _typed(where, lambda: require_nnz(packed.nnz, kind.check(tensors, shape, packed.pattern, where), where))
-    support = _support(packed)
+    extent: Extent = _typed(where, lambda: kind.check(tensors, shape, packed.pattern, where))
+    require_nnz(packed.nnz, extent.nnz, where)
     if packed.encoding is Encoding.RAW:
-        require(tensors[kind.RAW], kind.RAW, torch_dtype(packed.dtype), support.value_shape, where)
+        require(tensors[kind.RAW], kind.RAW, torch_dtype(packed.dtype), extent.value_shape, where)
     elif packed.encoding is Encoding.SPLIT:
-        split.check(tensors, support, shape, packed.nnz, where)
+        split.check(tensors, extent, where)
+        if split.PATCHES & set(tensors):
+            split.check_patches(tensors, _ranked(packed), shape, where)
     else:
-        quantised.check(tensors, support, packed.encoding, shape, where)
+        quantised.check(tensors, extent, packed.encoding, shape, where)
 
 
 def prove(packed: PackedTensor, weight: Tensor, keep: Tensor, where: str) -> None:
@@ -226,6 +228,14 @@ def check_removed(weight: Tensor, keep: Tensor, where: str) -> None:
 def _support(packed: PackedTensor) -> Support:
     kind: Any = _LAYOUTS[packed.layout]
     support: Support = kind.unpack(packed.tensors, packed.shape, packed.pattern)
+    return support
+
+
+def _ranked(packed: PackedTensor) -> DenseSupport | MaskSupport:
+    """Return the positions of a layout that can hold split values."""
+    support = _support(packed)
+    if not isinstance(support, DenseSupport | MaskSupport):
+        raise UsageError(f"layout {packed.layout} has no encoding split")
     return support
 
 
