@@ -36,6 +36,13 @@ inline __m512 expand32(const void* p, uint32_t mask) {
   asm("vpexpandd %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(k));
   return _mm512_castsi512_ps(v);
 }
+// Sums live in registers only if the compiler inlines what adds to them and knows which of them it is.
+#define SK_INLINE __attribute__((always_inline))
+template <int N>
+struct Slot {
+  static constexpr int value = N;
+};
+
 template <int Lines>
 inline void prefetch(const uint8_t* p) {
 #pragma GCC unroll 8
@@ -184,7 +191,7 @@ inline void split_tiles(const View& w, const Panel& panel, const uint64_t* masks
   const uint8_t* low_base = w.values + panel.low;
   const uint8_t* code_base = w.codes + panel.code;
   uint64_t low = low_at, code = code_at;
-  auto tile = [&](int64_t t, int slot) {
+  auto tile = [&](int64_t t, auto slot) SK_INLINE {
     const uint64_t mask = masks[t], n = uint64_t(__builtin_popcountll(mask));
     const __m512i l = expand8(_mm512_loadu_si512(low_base + low), mask);
     const __m512i h = expand8(codes.high(code_base + code), mask);
@@ -198,12 +205,12 @@ inline void split_tiles(const View& w, const Panel& panel, const uint64_t* masks
     prefetch<LowLines>(low_base + low + kAhead);
     prefetch<CodeLines>(code_base + code + kAhead / 2);
     if ((t & 4) == 0) prefetch<1>(reinterpret_cast<const uint8_t*>(masks + t) + kAhead / 2);
-    tile(t, 0);
-    tile(t + 1, 1);
-    tile(t + 2, 0);
-    tile(t + 3, 1);
+    tile(t, Slot<0>());
+    tile(t + 1, Slot<1>());
+    tile(t + 2, Slot<0>());
+    tile(t + 3, Slot<1>());
   }
-  for (; t < end; ++t) tile(t, 0);
+  for (; t < end; ++t) tile(t, Slot<0>());
   low_at = low;
   code_at = code;
 }
@@ -217,9 +224,10 @@ void split(const View& w, const Input& x, int64_t p, float* out, int64_t ld) {
     for (auto& s : set) s = _mm512_setzero_ps();
   uint64_t low = 0, code = 0;
   split_tiles<Width, LowLines, CodeLines>(w, panel, w.masks64 + p * w.tiles, low, code, 0, w.tiles,
-                                          [&](int64_t t, int slot, __m512i first, __m512i second) {
-                                            tile_product<T, Float>(sums[2 * slot % kSets], first, x, 2 * t);
-                                            tile_product<T, Float>(sums[(2 * slot + 1) % kSets], second, x, 2 * t + 1);
+                                          [&](int64_t t, auto slot, __m512i first, __m512i second) SK_INLINE {
+                                            constexpr int set = 2 * decltype(slot)::value % kSets;
+                                            tile_product<T, Float>(sums[set], first, x, 2 * t);
+                                            tile_product<T, Float>(sums[(set + 1) % kSets], second, x, 2 * t + 1);
                                           });
   for (int t = 0; t < T; ++t) {
     __m512 s = sums[0][t];
@@ -281,7 +289,7 @@ template <int Width>
 void decode_panel(const View& w, int64_t p, uint64_t& low, uint64_t& code, int64_t begin, int64_t end, bool pairs,
                   void* out) {
   split_tiles<Width, 2, 1>(w, w.panels[p], w.masks64 + p * w.tiles, low, code, begin, end,
-                           [&](int64_t t, int, __m512i first, __m512i second) {
+                           [&](int64_t t, auto, __m512i first, __m512i second) SK_INLINE {
                              put_tile(out, pairs, 2 * (t - begin), first);
                              put_tile(out, pairs, 2 * (t - begin) + 1, second);
                            });
@@ -441,7 +449,11 @@ uint64_t read(const uint8_t* data, int64_t bytes) {
     for (int k = 0; k < 4; ++k) sums[k] = _mm512_add_epi64(sums[k], _mm512_loadu_si512(data + i + 64 * k));
   }
   const __m512i sum = _mm512_add_epi64(_mm512_add_epi64(sums[0], sums[1]), _mm512_add_epi64(sums[2], sums[3]));
-  return uint64_t(_mm512_reduce_add_epi64(sum)) + generic_read(data + i, bytes - i);
+  alignas(64) uint64_t lanes[8];
+  _mm512_store_si512(lanes, sum);
+  uint64_t total = generic_read(data + i, bytes - i);
+  for (uint64_t lane : lanes) total += lane;
+  return total;
 }
 
 }  // namespace
