@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from sparsekit.checkpoint.safetensors_file import read_header
+from sparsekit.checkpoint.source import PACKED_STEM
 from sparsekit.checkpoint.staging import StagedCheckpoint
 from sparsekit.prepared import Prepared
 from sparsekit.prune import checkpoint_tensors
@@ -53,7 +54,7 @@ def shard_names(prepared: Prepared) -> list[str]:
 
 
 def _stem(prepared: Prepared) -> str:
-    return "sparsekit_model" if is_packed(prepared) else "model"
+    return PACKED_STEM if is_packed(prepared) else "model"
 
 
 def _index(folder: Path) -> bytes:

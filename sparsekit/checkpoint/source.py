@@ -6,7 +6,7 @@ passes here cannot turn out to be incomplete in the middle of a run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from sparsekit.errors import CheckpointError, IndexMismatch, UnsafeFormat
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PACKED_STEM = "sparsekit_model"
+"""What packed weight files are called: no loader that cannot read them finds anything under the usual name."""
+PACKED_INDEX = f"{PACKED_STEM}.safetensors.index.json"
 INDEX_LIMIT_BYTES = 1 << 27
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _COPY_HINT = "Incomplete copy or download? Fetch the folder again."
@@ -74,9 +77,15 @@ def open_weights(folder: Path) -> WeightFiles:
         raise CheckpointError("no such folder", where=str(folder), hint="Give the folder of a model.")
     if _present(folder, SINGLE):
         return _open_single(folder)
-    if _present(folder, INDEX):
-        return _open_sharded(folder)
+    for index in (INDEX, PACKED_INDEX):
+        if _present(folder, index):
+            return _open_sharded(folder, index)
     raise _nothing_found(folder)
+
+
+def is_packed(files: Iterable[str]) -> bool:
+    """Tell from the names of weight files whether they hold packed tensors."""
+    return any(file.startswith(PACKED_STEM) for file in files)
 
 
 def _blobs(folder: Path) -> Path | None:
@@ -114,12 +123,12 @@ def _open_single(folder: Path) -> WeightFiles:
     return _weight_files(folder, (SINGLE,), tensors)
 
 
-def _open_sharded(folder: Path) -> WeightFiles:
+def _open_sharded(folder: Path, index: str) -> WeightFiles:
     """Open a model of several files, checking index and shards against each other."""
-    weight_map = read_index(folder / INDEX)
+    weight_map = read_index(folder / index)
     files = tuple(sorted(set(weight_map.values())))
     paths = {file: fs.safe_join(folder, file, also=_blobs(folder)) for file in files}  # before any is opened
-    fs.check_distinct(files, where=str(folder / INDEX))
+    fs.check_distinct(files, where=str(folder / index))
     tensors: dict[str, TensorLocation] = {}
     for file, path in paths.items():
         if not path.is_file():

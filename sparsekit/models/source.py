@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from sparsekit.checkpoint.source import WeightFiles, open_weights
+from sparsekit.checkpoint.source import WeightFiles, is_packed, open_weights
 from sparsekit.errors import ModelError, RemoteCodeRefused, UnsupportedFamily, UsageError
 from sparsekit.lazy import require_address_space, torch
 from sparsekit.models.gguf import import_gguf
@@ -64,13 +64,24 @@ class ModelSource:
     revision: str | None
     trust_remote_code: bool
 
+    @property
+    def packed(self) -> bool:
+        """Whether pruned weights are stored packed."""
+        return is_packed(self.weights.files)
+
     def lazy(self) -> LazyModel:
         """Build the model with no block loaded.
 
         Raises:
-            ModelError: The configuration makes no causal language model.
+            ModelError: The configuration makes no causal language model, or the checkpoint is packed.
             UnsupportedFamily: Its blocks cannot be found.
         """
+        if self.packed:
+            raise ModelError(
+                "the checkpoint is packed",
+                where=str(self.folder),
+                hint="Make it dense first: sparsekit convert FOLDER --to dense -o OUT",
+            )
         try:
             return LazyModel(
                 self.weights, self.config, self.dtype, cast=self.cast, trust_remote_code=self.trust_remote_code
@@ -177,7 +188,7 @@ def open_model(
         folder=folder,
         weights=weights,
         config=config,
-        dtype=_dtype(weights, dtype, folder),
+        dtype=_dtype(weights, config, dtype, folder),
         cast=dtype != "auto",
         revision=commit,
         trust_remote_code=trust_remote_code,
@@ -226,8 +237,9 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
                 where=str(settings),
                 hint="Read that code; if you trust it, add --trust-remote-code.",
             )
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+    quantization = raw.get("quantization_config")
+    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+    if quantization and method != "sparsekit":
         raise ModelError(
             f"the checkpoint is quantised ({method})",
             where=str(file),
@@ -277,11 +289,14 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _dtype(weights: WeightFiles, wanted: str, folder: Path) -> torch.dtype:
+def _dtype(weights: WeightFiles, config: PretrainedConfig, wanted: str, folder: Path) -> torch.dtype:
     """Return the asked dtype, or the one that most bytes of the checkpoint are stored in."""
     if wanted != "auto":
         chosen: torch.dtype = getattr(torch, _TORCH_NAMES[wanted])
         return chosen
+    if is_packed(weights.files):
+        known: torch.dtype | None = getattr(config, "dtype", None)
+        return known or torch.float32
     sizes: dict[str, int] = {}
     for location in weights.tensors.values():
         entry = location.entry
