@@ -32,6 +32,25 @@ def popcounts(mask: Tensor) -> Tensor:
     return torch.from_numpy(data.sum(axis=1, dtype=np.int64))
 
 
+def select(items: Tensor, chosen: Tensor) -> Tensor:
+    """Return `items.masked_select(chosen)`, flat; ten times faster on one thread."""
+    found = np.compress(chosen.numpy().reshape(-1), items.numpy().reshape(-1))
+    # numpy gives an empty result a stride of 0, with which torch refuses to look at its bytes.
+    return torch.from_numpy(found) if found.size else torch.empty(0, dtype=items.dtype)
+
+
+def place(items: Tensor, chosen: Tensor) -> Tensor:
+    """Return the inverse of `select`: zeros in the shape of `chosen`, `items` where it is True."""
+    room = torch.zeros(chosen.shape, dtype=items.dtype)
+    room.numpy().reshape(-1)[np.flatnonzero(chosen.numpy())] = items.numpy().reshape(-1)
+    return room
+
+
+def count_rows(keep: Tensor) -> Tensor:
+    """Return the number of True in each row of `keep: [rows, cols]`, as i64 [rows]."""
+    return torch.from_numpy(np.count_nonzero(keep.numpy(), axis=1)).to(torch.int64)
+
+
 def offsets(counts: Tensor) -> Tensor:
     """Return the exclusive prefix sums of `counts: [n]`, as i64 [n]."""
     return counts.cumsum(0) - counts
@@ -99,10 +118,9 @@ def _spread(items: Tensor, lengths: Tensor, strides: Tensor) -> Tensor:
     """Give each line of `items` the room of its stride, filled with zeros."""
     if torch.equal(lengths, strides):
         return items
-    room = torch.zeros(int(strides.sum()), dtype=items.dtype)
-    return room.masked_scatter_(line_prefix(lengths, strides), items)
+    return place(items, line_prefix(lengths, strides))
 
 
 def _gather(items: Tensor, lengths: Tensor, strides: Tensor) -> Tensor:
     """Return the inverse of `_spread`."""
-    return items if torch.equal(lengths, strides) else items.masked_select(line_prefix(lengths, strides))
+    return items if torch.equal(lengths, strides) else select(items, line_prefix(lengths, strides))

@@ -46,7 +46,7 @@ def choose(
     """
     best: PackedTensor | None = None
     forms = candidates(weight, pattern, layout, encoding)
-    numel, nnz = weight.numel(), int(keep.sum())
+    numel, nnz = weight.numel(), int(keep.count_nonzero())
     for form in sorted(forms, key=lambda form: _least(form, numel, nnz, weight.element_size())):
         # Most promising first: a form that cannot win is not packed at all.
         if best is not None and _least(form, numel, nnz, weight.element_size()) > _cost(best):

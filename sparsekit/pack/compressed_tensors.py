@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekit.errors import BadIndex, CheckpointError, HeaderError, ShapeMismatch, UnsafeFormat, WeightMismatch
 from sparsekit.lazy import torch
-from sparsekit.pack.bits import popcounts, unpack_mask
+from sparsekit.pack.bits import count_rows, place, popcounts, unpack_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,14 +103,12 @@ def decode(kind: str, tensors: Mapping[str, Tensor], where: str) -> tuple[Tensor
             f"bitmask is {mask.dtype} {list(mask.shape)}, needed uint8 {[rows, (cols + 7) // 8]}", where=where
         )
     keep = unpack_mask(mask, cols)
-    counts = keep.sum(dim=1)
+    counts = count_rows(keep)
     if not torch.equal(counts, popcounts(mask)):
         raise BadIndex(f"bitmask keeps a column past the last one, {cols - 1}", where=where)
     _check_counts(kind, tensors, keep, counts, where)
     integers = _integers(values.element_size(), where)
-    weight = torch.zeros((rows, cols), dtype=integers)
-    weight.masked_scatter_(keep, values.view(integers).reshape(-1))
-    return weight.view(values.dtype), keep
+    return place(values.view(integers).reshape(-1), keep).view(values.dtype), keep
 
 
 def _check_counts(kind: str, tensors: Mapping[str, Tensor], keep: Tensor, counts: Tensor, where: str) -> None:

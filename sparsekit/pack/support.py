@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from sparsekit.lazy import torch
+from sparsekit.pack.bits import count_rows, place, select
 from sparsekit.pack.types import as_bits
 from sparsekit.pattern import NM, Block, Pattern
 
@@ -92,7 +93,7 @@ class MaskSupport:
     @cached_property
     def counts(self) -> Tensor:
         """Values per row, i64 [rows]."""
-        return self.keep.sum(dim=1)
+        return count_rows(self.keep)
 
     @property
     def value_shape(self) -> tuple[int, ...]:
@@ -101,19 +102,19 @@ class MaskSupport:
 
     def gather(self, dense: Tensor) -> Tensor:
         """Return the kept elements, row-major."""
-        return dense.masked_select(self.keep)
+        return select(dense, self.keep)
 
     def scatter(self, stream: Tensor) -> Tensor:
         """Return [rows, cols] with zeros in the holes."""
-        return torch.zeros(self.keep.shape, dtype=stream.dtype).masked_scatter_(self.keep, stream)
+        return place(stream, self.keep)
 
     def rank(self, row: Tensor, col: Tensor) -> Tensor:
         """Return the places of weights `row, col: [n]` in the stream, i64 [n]; -1 where one is not kept."""
         column = torch.arange(self.keep.shape[1])
         pieces = [slice(start, start + _RANKED) for start in range(0, len(row), _RANKED)]
         before = [(self.keep[row[piece]] & (column < col[piece, None])).sum(dim=1) for piece in pieces]
-        place = (self.counts.cumsum(0) - self.counts)[row] + torch.cat(before)
-        return torch.where(self.keep[row, col], place, -1)
+        rank = (self.counts.cumsum(0) - self.counts)[row] + torch.cat(before)
+        return torch.where(self.keep[row, col], rank, -1)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from sparsekit.errors import (
 )
 from sparsekit.lazy import torch
 from sparsekit.pack import bitmask, block, dense, nm, quantised, split
+from sparsekit.pack.bits import select
 from sparsekit.pack.checks import require, require_names, require_nnz
 from sparsekit.pack.support import DenseSupport, Extent, MaskSupport, Support
 from sparsekit.pack.types import ALLOWED, DTYPES, Encoding, Layout, PackedTensor, as_bits, dtype_name, torch_dtype
@@ -33,6 +34,8 @@ _LAYOUTS: Mapping[Layout, ModuleType] = {
     Layout.BLOCK: block,
 }
 SHAPE = "weight_shape"
+_LONGEST = 1 << 24
+"""No side of a weight is longer; a shape from a damaged file must not make us reserve memory without end."""
 
 
 def pack(
@@ -101,7 +104,11 @@ def unpack(packed: PackedTensor) -> Tensor:
 
 def unpack_keep(packed: PackedTensor) -> Tensor:
     """Return the mask, bool, in the orientation of `unpack`; all True for the dense layout."""
-    keep = _support(packed).scatter(torch.ones(packed.nnz, dtype=torch.bool))
+    support = _support(packed)
+    if isinstance(support, MaskSupport):
+        keep = support.keep
+    else:
+        keep = support.scatter(torch.ones(packed.nnz, dtype=torch.bool))
     return keep.T.contiguous() if packed.transposed else keep
 
 
@@ -167,8 +174,8 @@ def prove(packed: PackedTensor, weight: Tensor, keep: Tensor, where: str) -> Non
         WeightMismatch: A bit differs.
     """
     validate(packed, where)
-    differ = int((as_bits(unpack(packed)) != as_bits(weight.contiguous())).sum())
-    masks = 0 if packed.layout is Layout.DENSE else int((unpack_keep(packed) != keep).sum())
+    differ = int((as_bits(unpack(packed)) != as_bits(weight.contiguous())).count_nonzero())
+    masks = 0 if packed.layout is Layout.DENSE else int((unpack_keep(packed) != keep).count_nonzero())
     if differ or masks:
         raise WeightMismatch(
             f"packing as {packed.layout}/{packed.encoding} is not exact: {differ} weights and {masks} mask bits differ",
@@ -191,7 +198,7 @@ def read(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) ->
     """
     layout, encoding = _member(Layout, facts, "layout", where), _member(Encoding, facts, "encoding", where)
     shape, nnz, transposed = facts.get("shape"), facts.get("nnz"), facts.get("transposed", False)
-    if not isinstance(shape, list | tuple) or len(shape) != 2 or not all(_is_count(size) for size in shape):
+    if not isinstance(shape, list | tuple) or len(shape) != 2 or not all(_is_count(size, _LONGEST) for size in shape):
         raise HeaderError(f"shape is {shape!r}, needed [rows, cols]", where=where)
     if not isinstance(transposed, bool) or not _is_count(nnz):
         raise HeaderError(f"nnz {nnz!r} or transposed {transposed!r} is not a count and a truth value", where=where)
@@ -216,7 +223,7 @@ def check_removed(weight: Tensor, keep: Tensor, where: str) -> None:
     Raises:
         WeightMismatch: One has not; -0.0 counts.
     """
-    lost = int((as_bits(weight).masked_select(~keep) != 0).sum())
+    lost = int(select(as_bits(weight), ~keep).count_nonzero())
     if lost:
         raise WeightMismatch(
             f"{lost:,} removed weights are not +0.0, so packing would lose them",
@@ -288,8 +295,8 @@ def _member(kind: Any, facts: Mapping[str, Any], key: str, where: str) -> Any:
         ) from error
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**31
+def _is_count(value: object, limit: int = 2**62) -> bool:
+    return type(value) is int and 0 <= value < limit
 
 
 def _typed(where: str, action: Any) -> Any:
