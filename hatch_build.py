@@ -5,8 +5,8 @@ Where there is no compiler the wheel is built without them: it is pure Python an
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import runpy
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,11 @@ class KernelHook(BuildHookInterface):
         if self.target_name != "wheel" or os.environ.get("SPARSEKIT_BUILD_KERNELS") == "0":
             return
         path = Path(self.root) / "sparsekit" / "runtime" / "build.py"
-        spec = importlib.util.spec_from_file_location("_sparsekit_build", path)
-        assert spec is not None and spec.loader is not None
-        build = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(build)
-        if build.find_compiler() is None:
+        build = runpy.run_path(str(path), run_name="_sparsekit_build")
+        if build["find_compiler"]() is None:
             self.app.display_warning("No C++ compiler: building sparsekit without its CPU kernels.")
             return
-        library = build.build()
+        library = build["build"]()
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
         build_data["artifacts"].append(str(library.relative_to(self.root)))

@@ -30,7 +30,7 @@ _AVX512 = (
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 )
-_PLAIN = ("isa", "linear", "pack", "pack_bitmap", "pack_split", "pool", "unpack", "kernels_portable")
+_PLAIN = ("isa", "linear", "pack", "pack_bitmap", "pack_split", "pool", "torch_shim", "unpack", "kernels_portable")
 
 
 class BuildFailed(Exception):
@@ -99,8 +99,8 @@ def build(target: Path = LIBRARY, *, extra: tuple[str, ...] = (), machine: str |
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = compile_units(compiler, Path(folder), extra, machine or platform.machine())
         made = Path(folder) / target.name
-        runtime = () if extra else ("-static-libstdc++", "-static-libgcc")
-        _call([compiler, "-shared", "-pthread", *runtime, *extra, "-o", str(made), *map(str, objects)])
+        # libstdc++ stays shared: the torch operator reports errors as exceptions that torch catches.
+        _call([compiler, "-shared", "-pthread", *extra, "-o", str(made), *map(str, objects)])
         made.replace(target)  # a process that has the old one mapped keeps it
     return target
 

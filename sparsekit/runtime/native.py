@@ -7,6 +7,7 @@ own the buffers and pass contiguous ones.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -47,7 +48,7 @@ class MemoryLayout(IntEnum):
 
 
 class _Bitmask(ctypes.Structure):
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [  # type: ignore[misc]
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
         ("mask", c_void_p),
         ("values", c_void_p),
         ("row_offsets", c_void_p),
@@ -59,7 +60,7 @@ class _Bitmask(ctypes.Structure):
 
 
 class _Info(ctypes.Structure):
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [  # type: ignore[misc]
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
         *((name, c_int64) for name in ("rows", "cols", "nnz", "bytes", "patches")),
         *((name, c_int32) for name in ("layout", "dtype", "panels3", "panels4", "panels8")),
     ]
@@ -68,7 +69,7 @@ class _Info(ctypes.Structure):
 class Call(ctypes.Structure):
     """One product, `sk_call` of the C interface; strides in elements."""
 
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [  # type: ignore[misc]
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
         ("packed", c_void_p),
         ("packed_bytes", c_int64),
         ("x", c_void_p),
@@ -121,6 +122,8 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "sk_linear": (c_int, (POINTER(Call),)),
     "sk_dense": (c_int, (POINTER(Call), c_void_p, c_int64, c_int64, c_int32)),
     "sk_read": (c_uint64, (c_void_p, c_int64, c_int)),
+    "sk_torch_symbol": (c_char_p, (c_int,)),
+    "sk_torch_register": (c_int, (POINTER(c_void_p), c_int, POINTER(c_int32), c_uint64)),
 }
 
 
@@ -287,10 +290,8 @@ def allocate(nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
     memory = mmap.mmap(-1, nbytes + _HUGE)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE
-    try:
+    with contextlib.suppress(OSError):  # a kernel without them: ordinary pages do
         memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE * _HUGE)
-    except OSError:  # a kernel without them: ordinary pages do
-        pass
     return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start)
 
 

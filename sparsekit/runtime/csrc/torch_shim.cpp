@@ -1,0 +1,166 @@
+// sparsekit::linear_packed as a torch operator, through libtorch's stable C interface.
+//
+// No torch header is needed: the functions below are C functions that libtorch promises to keep, and Python passes
+// their addresses. So one library serves every torch that has them; for an older one Python registers the operator.
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "internal.h"
+
+namespace sk {
+namespace {
+
+using Handle = void*;
+using Error = int32_t;
+
+struct Torch {  // in the order of sk_torch_symbol
+  Error (*get_dim)(Handle, int64_t*);
+  Error (*get_sizes)(Handle, int64_t**);
+  Error (*get_strides)(Handle, int64_t**);
+  Error (*get_dtype)(Handle, int32_t*);
+  Error (*get_data_ptr)(Handle, void**);
+  Error (*empty_strided)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
+  Error (*delete_tensor)(Handle);
+  Error (*get_threads)(uint32_t*);
+  Error (*delete_value)(uint64_t*);
+  Error (*init_impl)(const char*, const char*, const char*, uint32_t, void**);
+  Error (*implement)(void*, const char*, void (*)(uint64_t*, uint64_t, uint64_t), uint64_t);
+} torch;
+
+const char* const kSymbols[] = {
+    "aoti_torch_get_dim",       "aoti_torch_get_sizes",           "aoti_torch_get_strides",
+    "aoti_torch_get_dtype",     "aoti_torch_get_data_ptr",        "aoti_torch_empty_strided",
+    "aoti_torch_delete_tensor_object", "torch_get_num_threads",   "torch_delete_stable_ivalue",
+    "aoti_torch_library_init_impl",    "torch_library_impl",
+};
+constexpr int kSymbolCount = int(sizeof kSymbols / sizeof kSymbols[0]);
+static_assert(sizeof(Torch) == kSymbolCount * sizeof(void*), "one address for each symbol");
+int32_t dtypes[3];  // torch's numbers of SK_BF16, SK_F16, SK_F32
+
+[[noreturn]] void fail(const std::string& what) { throw std::runtime_error("sparsekit::linear_packed: " + what); }
+void ok(Error error) {
+  if (error) fail("libtorch call failed");
+}
+
+// A tensor argument, released at the end of the call whatever happens.
+struct Argument {
+  Handle handle = nullptr;
+  int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
+  int32_t dtype = -1;
+  char* data = nullptr;
+
+  explicit Argument(Handle h) : handle(h) {
+    if (!h) return;
+    int32_t number;
+    void* p;
+    ok(torch.get_dim(h, &dim));
+    ok(torch.get_sizes(h, &sizes));
+    ok(torch.get_strides(h, &strides));
+    ok(torch.get_dtype(h, &number));
+    ok(torch.get_data_ptr(h, &p));
+    data = static_cast<char*>(p);
+    for (int i = 0; i < 3; ++i)
+      if (dtypes[i] == number) dtype = i;
+  }
+  Argument(const Argument&) = delete;
+  Argument& operator=(const Argument&) = delete;
+  ~Argument() {
+    if (handle) torch.delete_tensor(handle);
+  }
+  int64_t count() const {
+    int64_t n = 1;
+    for (int64_t d = 0; d < dim; ++d) n *= sizes[d];
+    return n;
+  }
+  bool contiguous() const {
+    int64_t step = 1;
+    for (int64_t d = dim - 1; d >= 0; --d) {
+      if (sizes[d] != 1 && strides[d] != step) return false;
+      step *= sizes[d];
+    }
+    return true;
+  }
+  // Elements in order of their indices, for the rare caller that passes a transposed or sliced tensor.
+  std::vector<char> gathered() const {
+    const int64_t size = element_size(dtype), total = count();
+    std::vector<char> out(size_t(total * size));
+    std::vector<int64_t> index(size_t(dim), 0);
+    for (int64_t i = 0; i < total; ++i) {
+      int64_t at = 0;
+      for (int64_t d = 0; d < dim; ++d) at += index[size_t(d)] * strides[d];
+      memcpy(out.data() + i * size, data + at * size, size_t(size));
+      for (int64_t d = dim - 1; d >= 0 && ++index[size_t(d)] == sizes[d]; --d) index[size_t(d)] = 0;
+    }
+    return out;
+  }
+};
+
+Handle optional_tensor(uint64_t value) {
+  if (!value) return nullptr;
+  uint64_t* box = reinterpret_cast<uint64_t*>(value);
+  Handle handle = reinterpret_cast<Handle>(*box);
+  ok(torch.delete_value(box));
+  return handle;
+}
+
+// linear_packed(Tensor x, Tensor packed, Tensor? bias, int rows) -> Tensor
+void linear_packed(uint64_t* stack, uint64_t inputs, uint64_t outputs) {
+  if (inputs != 4 || outputs != 1) fail("registered with another schema");
+  const Argument x(reinterpret_cast<Handle>(stack[0])), packed(reinterpret_cast<Handle>(stack[1]));
+  const Argument bias(optional_tensor(stack[2]));
+  const int64_t rows = int64_t(stack[3]);
+  View w;
+  if (!packed.contiguous() || parse(packed.data, packed.count(), &w) != SK_OK) fail("not a packed weight");
+  if (w.rows != rows) fail("the packed weight has " + std::to_string(w.rows) + " rows, not " + std::to_string(rows));
+  if (x.dtype < 0 || x.dim < 1 || x.sizes[x.dim - 1] != w.cols)
+    fail("x must be bf16, fp16 or fp32 with a last dimension of " + std::to_string(w.cols));
+  if (bias.handle && (bias.dtype != x.dtype || bias.count() != rows || !bias.contiguous()))
+    fail("bias must have the dtype of x and " + std::to_string(rows) + " elements");
+  std::vector<int64_t> sizes(x.sizes, x.sizes + x.dim), strides(size_t(x.dim), 1);
+  sizes.back() = rows;
+  int64_t tokens = 1;
+  for (int64_t d = x.dim - 2; d >= 0; --d) {
+    strides[size_t(d)] = strides[size_t(d) + 1] * (sizes[size_t(d) + 1] > 1 ? sizes[size_t(d) + 1] : 1);
+    tokens *= sizes[size_t(d)];
+  }
+  std::vector<char> copy;
+  if (!x.contiguous()) copy = x.gathered();
+  Handle y;
+  ok(torch.empty_strided(x.dim, sizes.data(), strides.data(), dtypes[x.dtype], 0, 0, &y));
+  void* out;
+  uint32_t threads = 1;
+  if (torch.get_data_ptr(y, &out) || torch.get_threads(&threads)) {
+    torch.delete_tensor(y);
+    fail("libtorch call failed");
+  }
+  const sk_call call = {packed.data, packed.count(), copy.empty() ? x.data : copy.data(), bias.data, out,
+                        tokens,      w.cols,         rows,  x.dtype, x.dtype, int32_t(threads)};
+  const int status = sk_linear(&call);
+  if (status != SK_OK) {
+    torch.delete_tensor(y);
+    fail("the kernels refused the call with status " + std::to_string(status));
+  }
+  stack[0] = reinterpret_cast<uint64_t>(y);
+}
+
+}  // namespace
+}  // namespace sk
+
+extern "C" {
+const char* sk_torch_symbol(int index) {
+  return index >= 0 && index < sk::kSymbolCount ? sk::kSymbols[index] : nullptr;
+}
+
+int sk_torch_register(void* const* addresses, int count, const int32_t* dtypes, uint64_t torch_version) {
+  if (!addresses || !dtypes || count != sk::kSymbolCount) return SK_BAD_ARGUMENT;
+  for (int i = 0; i < count; ++i)
+    if (!addresses[i]) return SK_UNSUPPORTED;
+  memcpy(&sk::torch, addresses, sizeof sk::torch);
+  memcpy(sk::dtypes, dtypes, sizeof sk::dtypes);
+  void* library = nullptr;  // lives as long as the process, as the registration does
+  if (sk::torch.init_impl("sparsekit", "CPU", __FILE__, __LINE__, &library)) return SK_UNSUPPORTED;
+  if (sk::torch.implement(library, "linear_packed", sk::linear_packed, torch_version)) return SK_UNSUPPORTED;
+  return SK_OK;
+}
+}
