@@ -22,6 +22,11 @@ HARD = {  # -0.0, smallest denormal, infinity, quiet and signalling NaN with pay
 }
 
 
+FORMS = [(layout, encoding) for layout in Layout for encoding in ALLOWED[layout]]
+LOSSLESS = [form for form in FORMS if form[1].lossless]
+LOSSY = [form for form in FORMS if not form[1].lossless]
+
+
 @dataclass(frozen=True)
 class Case:
     """One matrix to pack."""
@@ -73,9 +78,10 @@ def random_mask(shape: tuple[int, int], pattern: Pattern, density: float, genera
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, lossless: bool = True) -> Case:
-    layout = draw(st.sampled_from(list(Layout)))
-    encoding = draw(st.sampled_from([one for one in ALLOWED[layout] if one.lossless == lossless] or [Encoding.RAW]))
+def cases(draw: st.DrawFn, form: tuple[Layout, Encoding] | None = None) -> Case:
+    """Draw a matrix for one layout and encoding, for any when none is given."""
+    layout, encoding = form or draw(st.sampled_from(FORMS))
+    lossless = encoding.lossless
     pattern: Pattern = Unstructured()
     rows = draw(st.sampled_from([0, 1, 2, 3, 15, 16, 17, 40]))
     cols = draw(st.sampled_from([0, 1, 2, 7, 8, 9, 63, 64, 65, 130]))

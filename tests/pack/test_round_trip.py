@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparsekit.errors import NonFinite, PatternViolation, PlanError, ShapeMismatch, UsageError, WeightMismatch
 from sparsekit.pack import Encoding, Layout, PackedTensor, choose, keep_of, pack, prove, read, unpack, unpack_keep
 from sparsekit.pattern import NM, Block, Pattern, Unstructured
-from tests.pack.support import DTYPES, Case, bits, cases, from_bits, random_bits, random_mask
+from tests.pack.support import DTYPES, LOSSLESS, LOSSY, Case, bits, cases, from_bits, random_bits, random_mask
 
 
 def packed_of(case: Case) -> PackedTensor:
@@ -24,9 +25,11 @@ def again(packed: PackedTensor) -> PackedTensor:
     return read(json.loads(json.dumps(packed.facts())), tensors, "w")
 
 
-@settings(max_examples=300, deadline=None)
-@given(cases())
-def test_lossless_forms_give_every_bit_back(case: Case) -> None:
+@pytest.mark.parametrize("form", LOSSLESS, ids=lambda form: "-".join(form))
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_lossless_forms_give_every_bit_back(form: tuple[Layout, Encoding], data: st.DataObject) -> None:
+    case = data.draw(cases(form))
     packed = packed_of(case)
     found = again(packed)
     assert found.facts() == packed.facts()
@@ -37,11 +40,11 @@ def test_lossless_forms_give_every_bit_back(case: Case) -> None:
     prove(packed, case.weight, case.keep, "w")
 
 
-@settings(max_examples=60, deadline=None)
-@given(cases(lossless=False))
-def test_lossy_forms_keep_the_mask_and_stay_within_a_step(case: Case) -> None:
-    if case.encoding.lossless:
-        return
+@pytest.mark.parametrize("form", LOSSY, ids=lambda form: "-".join(form))
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_lossy_forms_keep_the_mask_and_stay_within_a_step(form: tuple[Layout, Encoding], data: st.DataObject) -> None:
+    case = data.draw(cases(form))
     packed = packed_of(case)
     found = again(packed)
     exact = (case.weight.T if case.transposed else case.weight).to(torch.float64)
@@ -58,7 +61,7 @@ def test_lossy_forms_keep_the_mask_and_stay_within_a_step(case: Case) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(cases())
+@given(st.sampled_from(LOSSLESS).flatmap(cases))
 def test_choose_loses_nothing_and_is_never_larger_than_dense(case: Case) -> None:
     packed = choose(case.weight, case.keep, case.pattern, transposed=case.transposed)
     assert torch.equal(bits(unpack(packed)), bits(case.weight))
