@@ -103,6 +103,11 @@ class PackedFile:
         tensor: Tensor = self._open().get_tensor(key)
         return tensor
 
+    def stored(self, name: str) -> Tensor:
+        """Return a tensor of the file as it is stored, a part of a packed one too."""
+        tensor: Tensor = self._open().get_tensor(name)
+        return tensor
+
     def _open(self) -> Any:
         from safetensors import safe_open
 

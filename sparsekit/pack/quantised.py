@@ -2,7 +2,8 @@
 
 int8 holds -127..127, the scale is amax / 127. int4 beside a mask never needs a zero, so its 16 codes mean
 -8..-1, 1..8; in the dense layout they mean -8..7. Its scale is amax / 7.5: the ends are off by half a step, as every
-other value is at most. Scales are at least 2**-24, the smallest f16, where a group has a weight that is not zero.
+other value is at most. Scales are rounded up to f16; where a group has a weight that is not zero they are at least 2**-24,
+the smallest f16.
 """
 
 from __future__ import annotations
@@ -91,7 +92,10 @@ def _scales(exact: Tensor, steps: float, where: str) -> Tensor:
     groups = -(-cols // GROUP)
     padded = torch.nn.functional.pad(exact.abs(), (0, groups * GROUP - cols)).reshape(rows, groups, GROUP)
     amax = padded.amax(dim=2) if padded.numel() else torch.zeros((rows, groups))
-    scales = torch.where(amax > 0, (amax / steps).clamp_min(_SMALLEST), amax).to(torch.float16)
+    exact_scales = torch.where(amax > 0, (amax / steps).clamp_min(_SMALLEST), amax)
+    scales = exact_scales.to(torch.float16)
+    # Rounded up, so that the largest weight never lies beyond the last code: next float = next integer of its bits.
+    scales = torch.where(scales < exact_scales, (scales.view(torch.int16) + 1).view(torch.float16), scales)
     if not bool(torch.isfinite(scales).all()):
         raise NonFinite(
             f"a weight of {float(amax.max()):.3g} is too large for f16 scales", where=where, hint="Choose values: raw."
