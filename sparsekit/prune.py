@@ -230,18 +230,20 @@ def pack_changed(
     keeps: Mapping[str, Tensor],
     tensors: Mapping[str, Mapping[str, Any]],
     form: Form,
+    shared: dict[str, Form] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Replace pruned matrices in `written` by their packed parts; return the facts of those that were packed.
 
     Experts of one layer become one fused parameter when they are loaded, from lists of equal parts. So they share a
-    layout and an encoding, and values are raw: the encoding split may or may not have patches.
+    layout and an encoding, and values are raw: the encoding split may or may not have patches. `shared` remembers
+    their form from one call to the next, for experts of one layer that come in several.
     """
     facts: dict[str, dict[str, Any]] = {}
-    shared: dict[str, Form] = {}
+    shared = {} if shared is None else shared
     for key, keep in keeps.items():
         if not files.packable(key, tuple(keep.shape)):
             continue
-        kind = _EXPERT.sub(".*.", key)
+        kind = expert_kind(key)
         wanted = form if kind == key else shared.get(kind, Form(form.layout, form.encoding or Encoding.RAW))
         packed = choose(
             changed[key].to(torch_dtype(written[key].dtype)),
@@ -260,6 +262,11 @@ def pack_changed(
         written |= {name: to_raw(part) for name, part in files.parts(key, packed).items()}
         facts[key] = packed.facts()
     return facts
+
+
+def expert_kind(key: str) -> str:
+    """Return the tensor's name with an expert's number as `*`; the name itself for what is no expert."""
+    return _EXPERT.sub(".*.", key)
 
 
 def _cast(stored: Tensor, dtype: torch.dtype, key: str) -> Tensor:

@@ -178,12 +178,13 @@ class _Check:
 
     def index(self) -> None:
         """The index, if there is one, sends each tensor to the shard that has it."""
-        if source.INDEX not in self.usable:
+        name = next((known for known in (source.INDEX, source.PACKED_INDEX) if known in self.usable), None)
+        if name is None:
             return
         try:
-            weight_map = source.read_index(self.folder / source.INDEX)
+            weight_map = source.read_index(self.folder / name)
         except CheckpointError as error:
-            self.found(source.INDEX, error.message)
+            self.found(name, error.message)
             return
         actual = {tensor: name for tensor, (name, _) in self.entries.items()}
         for tensor in sorted(weight_map.keys() | actual.keys()):

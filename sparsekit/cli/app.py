@@ -44,6 +44,7 @@ COMMANDS = (
     ("eval", "sparsekit.cli.eval", "evaluate"),
     ("inspect", "sparsekit.cli.inspect", "inspect"),
     ("verify", "sparsekit.cli.verify", "verify"),
+    ("convert", "sparsekit.cli.convert", "convert"),
     ("methods", "sparsekit.cli.methods", "methods"),
     ("doctor", "sparsekit.cli.doctor", "doctor"),
 )
@@ -144,9 +145,22 @@ def guard(command: Callable[..., None]) -> Callable[..., None]:
             _discard_output()
             raise typer.Exit(EXIT_PIPE) from None
         except BaseException as error:
-            raise typer.Exit(_report(error, as_json=chosen[options.Json])) from None
+            raise typer.Exit(_report_somewhere(error, as_json=chosen[options.Json])) from None
 
     return run
+
+
+def _report_somewhere(error: BaseException, *, as_json: bool) -> int:
+    """Report on standard error what standard output, full or broken itself, does not take."""
+    if not as_json:
+        return _report(error, as_json=False)
+    try:
+        code = _report(error, as_json=True)
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
+        return _report(error, as_json=False)
+    return code
 
 
 _SHARED: tuple[Any, ...] = (options.Json, options.Quiet, options.Verbose)

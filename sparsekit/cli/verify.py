@@ -26,7 +26,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Check a checkpoint against its manifest; exit code 3 if anything is wrong."""
-    from sparsekit.checkpoint import verify as checks
+    from sparsekit.pack import verify as checks
 
     report = checks.verify(folder, level)
     if json:
