@@ -1,7 +1,8 @@
 """The compiled CPU kernels through their C interface: loading, instruction set, threads, packing, products.
 
 Importing this module loads nothing. `library()` loads the shared library once and raises `KernelsMissing` with the
-reason where there is none; `SPARSEKIT_ISA` forces an instruction set. Addresses and sizes are trusted here: callers
+reason where there is none; `SPARSEKIT_ISA` forces an instruction set, `SPARSEKIT_KERNELS` another file (a build with
+sanitisers). Addresses and sizes are trusted here: callers
 own the buffers and pass contiguous ones.
 """
 
@@ -165,7 +166,7 @@ def library() -> ctypes.CDLL:
         KernelsMissing: The package was installed without kernels, or they do not load here.
         UnsupportedCPU: `SPARSEKIT_ISA` names an instruction set this processor or library lacks.
     """
-    lib = load(LIBRARY)
+    lib = load(Path(os.environ.get("SPARSEKIT_KERNELS", LIBRARY)))
     wanted = os.environ.get("SPARSEKIT_ISA")
     if wanted:
         _use_isa(lib, wanted)

@@ -119,6 +119,13 @@ void sk_use_runner(sk_runner function, void* context) {
 }
 void sk_use_own_pool(void) { sk::runner = nullptr; }
 void sk_use_openmp(void* gomp_parallel, void* thread_num, void* num_threads) {
+  // A forked child has none of the runtime's threads and would wait for them for ever: it gets a pool of its own.
+  static std::once_flag once;
+  std::call_once(once, [] {
+    pthread_atfork(nullptr, nullptr, [] {
+      if (sk::runner == sk::openmp_runner) sk::runner = nullptr;
+    });
+  });
   memcpy(&sk::openmp.parallel, &gomp_parallel, sizeof(void*));
   memcpy(&sk::openmp.thread_num, &thread_num, sizeof(void*));
   memcpy(&sk::openmp.num_threads, &num_threads, sizeof(void*));

@@ -1,0 +1,123 @@
+"""The torch operator: both backends, compile, gradient, refusals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsekit.errors import KernelError, KernelsMissing, UnsupportedCPU
+from sparsekit.runtime import native, ops
+from sparsekit.runtime.native import MemoryLayout
+from tests.native.cases import case
+
+BACKEND = """
+import torch
+from sparsekit.runtime import ops
+from sparsekit.runtime.native import MemoryLayout
+from tests.native.cases import case
+made = case(64, 48, 0.5, torch.bfloat16)
+packed, bias = made.pack(MemoryLayout.SPLIT), torch.randn(64).bfloat16()
+print(ops.register())
+inputs = [torch.randn(2, 3, 48), torch.randn(48), torch.randn(48, 5).T, torch.randn(0, 48)]
+for x in [*inputs, torch.randn(4, 2, 48)[:, 1]]:
+    x = x.bfloat16()
+    for b in (None, bias):
+        y = ops.linear(x, packed, b, 64)
+        expected = torch.nn.functional.linear(x.double(), made.weight.double(), None if b is None else b.double())
+        assert y.shape == expected.shape and y.dtype == x.dtype
+        assert y.numel() == 0 or ((y.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-5).all()
+for bad in (lambda: ops.linear(x, packed, None, 63), lambda: ops.linear(x[..., :5], packed, None, 64),
+            lambda: ops.linear(x, packed, bias[:5], 64), lambda: ops.linear(x, packed[:99], None, 64)):
+    try:
+        bad()
+    except Exception as error:
+        assert type(error).__name__ in ("RuntimeError", "KernelError"), error
+    else:
+        raise SystemExit("not refused")
+"""
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+def test_backend(backend: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BACKEND],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "SPARSEKIT_BACKEND": backend},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [backend]
+
+
+def test_compile_traces_the_operator_whole() -> None:
+    made = case(64, 48, 0.5, torch.bfloat16)
+    packed = made.pack(MemoryLayout.SPLIT)
+    ops.register()
+    compiled = torch.compile(lambda x: ops.linear(x, packed, None, 64) * 2, fullgraph=True, backend="aot_eager")
+    for tokens in (1, 5):
+        x = torch.randn(tokens, 48).bfloat16()
+        assert torch.equal(compiled(x), ops.linear(x, packed, None, 64) * 2)
+
+
+def test_operator_passes_torch_opcheck() -> None:
+    made = case(64, 48, 0.5, torch.bfloat16)
+    ops.register()
+    torch.library.opcheck(
+        torch.ops.sparsekit.linear_packed.default,
+        (torch.randn(3, 48), made.pack(MemoryLayout.SPLIT), torch.randn(64), 64),
+    )
+
+
+def test_gradient_of_the_input() -> None:
+    made = case(64, 48, 0.5, torch.bfloat16)
+    packed = made.pack(MemoryLayout.BITMAP)
+    bias = torch.randn(64, requires_grad=True)
+    x = torch.randn(3, 48, requires_grad=True)
+    ops.linear(x, packed, bias, 64).square().sum().backward()
+    got = x.grad, bias.grad
+    x.grad = bias.grad = None
+    F.linear(x, made.weight.float(), bias).square().sum().backward()
+    torch.testing.assert_close(got, (x.grad, bias.grad), rtol=1e-4, atol=1e-5)
+
+
+def test_forced_instruction_set_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnsupportedCPU, match=r"'sse9' cannot run here. Use one of portable"):
+        native.use_isa("sse9")
+    monkeypatch.setenv("SPARSEKIT_ISA", "sse9")
+    native.library.cache_clear()
+    with pytest.raises(UnsupportedCPU, match="SPARSEKIT_ISA"):
+        native.library()
+    monkeypatch.setenv("SPARSEKIT_ISA", "portable")
+    native.library.cache_clear()
+    assert native.isa() == "portable"
+    monkeypatch.undo()
+    native.library.cache_clear()
+
+
+def test_missing_and_foreign_libraries(tmp_path: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = tmp_path / "no.so"  # type: ignore[operator]
+    with pytest.raises(KernelsMissing, match="not compiled"):
+        native.load(missing)
+    missing.write_bytes(b"not a library")
+    with pytest.raises(KernelsMissing, match="cannot be loaded"):
+        native.load(missing)
+    monkeypatch.setattr(native, "LIBRARY", missing)
+    native.library.cache_clear()
+    assert native.available() is False
+    assert str(missing) in str(native.missing_reason())
+    monkeypatch.undo()
+    native.library.cache_clear()
+    assert native.available() is True
+
+
+def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEKIT_BACKEND", "cuda9")
+    with pytest.raises(KernelError, match="no backend 'cuda9'"):
+        ops.register.__wrapped__()
