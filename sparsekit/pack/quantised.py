@@ -2,8 +2,8 @@
 
 int8 holds -127..127, the scale is amax / 127. int4 beside a mask never needs a zero, so its 16 codes mean
 -8..-1, 1..8; in the dense layout they mean -8..7. Its scale is amax / 7.5: the ends are off by half a step, as every
-other value is at most. Scales are rounded up to f16; where a group has a weight that is not zero they are at least 2**-24,
-the smallest f16.
+other value is at most. Scales are rounded up to f16; where a group has a weight that is not zero they are at least
+2**-24, the smallest f16.
 """
 
 from __future__ import annotations

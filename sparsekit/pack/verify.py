@@ -6,14 +6,16 @@ checked here, at level `semantic` alone, which needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from sparsekit.checkpoint import jsonio
 from sparsekit.checkpoint import verify as checks
-from sparsekit.checkpoint.manifest import FILE, Manifest, read_manifest
+from sparsekit.checkpoint.manifest import FILE, LIMIT_BYTES, Manifest, read_manifest
 from sparsekit.checkpoint.verify import Level, Problem, VerifyReport
-from sparsekit.errors import CheckpointError, SparsekitError
+from sparsekit.errors import CheckpointError, IndexMismatch, SparsekitError
 from sparsekit.pack.files import PackedFile
 from sparsekit.pack.tensor import unpack
 from sparsekit.pack.types import Layout, PackedTensor
@@ -36,13 +38,16 @@ class Claim:
     transposed: bool
 
 
-def packed_claims(manifest: Manifest) -> dict[str, Claim]:
-    """Return the claims of the manifest's section `packed`, empty for a dense checkpoint.
+def packed_claims(manifest: Mapping[str, Any]) -> dict[str, Claim]:
+    """Return the claims of a manifest's section `packed`, empty for a dense checkpoint.
+
+    Args:
+        manifest: The JSON of sparsekit.json.
 
     Raises:
         CheckpointError: The section is not what sparsekit writes.
     """
-    section = manifest.raw.get("packed", {})
+    section = manifest.get("packed", {})
     if not isinstance(section, dict):
         raise CheckpointError("packed is not a JSON object", where=FILE)
     claims = {}
@@ -72,7 +77,7 @@ def pruned_claims(manifest: Manifest) -> dict[str, Claim]:
         for name, facts in manifest.tensors.items()
         if facts.kept is not None
     }
-    return dense | packed_claims(manifest)
+    return dense | packed_claims(manifest.raw)
 
 
 def verify(folder: Path, level: Level = "full") -> VerifyReport:
@@ -95,7 +100,7 @@ def verify(folder: Path, level: Level = "full") -> VerifyReport:
 def packed_problems(folder: Path, manifest: Manifest) -> Iterator[Problem]:
     """Yield what is wrong with the packed tensors of a folder; one tensor is in memory at a time."""
     try:
-        claims = packed_claims(manifest)
+        claims = packed_claims(manifest.raw)
     except CheckpointError as error:
         yield Problem(FILE, error.message)
         return
@@ -120,22 +125,57 @@ def packed_problems(folder: Path, manifest: Manifest) -> Iterator[Problem]:
         yield Problem(name, "packed in the manifest, but in no file")
 
 
+def require_claims(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Require that a folder's manifest, if it has one, says of its packed tensors what their files say.
+
+    Args:
+        folder: Holds the files.
+        facts: Dense tensor name -> entry of a file's metadata.
+
+    Raises:
+        CheckpointError: The manifest cannot be read.
+        IndexMismatch: It disagrees, naming the tensor.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return
+    _, raw = jsonio.read(path, limit_bytes=LIMIT_BYTES)
+    if not isinstance(raw, dict):
+        raise CheckpointError("not a JSON object", where=str(path))
+    claims = packed_claims(raw)
+    for name in sorted({*facts, *claims}):
+        entry = facts.get(name)
+        message = (
+            "packed in the manifest, but in no file" if entry is None else _entry_disagrees(entry, claims.get(name))
+        )
+        if message:
+            raise IndexMismatch(message, where=f"{folder}: {name}", hint=f"See: sparsekit verify {folder}")
+
+
+def _entry_disagrees(entry: Mapping[str, Any], claim: Claim | None) -> str | None:
+    """Say how a file's entry and the manifest disagree, None if they do not."""
+    if claim is None:
+        return "packed in the file, but not in the manifest"
+    pattern, transposed, nnz = entry.get("pattern"), entry.get("transposed", False), entry.get("nnz")
+    if (pattern, transposed) != (claim.pattern, claim.transposed):
+        return (
+            f"pattern {pattern}, transposed {transposed} in the file; "
+            f"{claim.pattern}, {claim.transposed} in the manifest"
+        )
+    if entry.get("layout") != Layout.DENSE and nnz != claim.kept:
+        return f"{nnz} weights kept in the file, {claim.kept:,} in the manifest"
+    return None
+
+
 def disagreement(packed: PackedTensor, claim: Claim | None) -> str | None:
     """Say how a validated tensor and the manifest disagree, None if they do not.
 
     The layout `dense` stores every weight and no mask; its zeros are held against the claim instead.
     """
-    if claim is None:
-        return "packed in the file, but not in the manifest"
-    if (str(packed.pattern), packed.transposed) != (claim.pattern, claim.transposed):
-        return (
-            f"pattern {packed.pattern}, transposed {packed.transposed} in the file; "
-            f"{claim.pattern}, {claim.transposed} in the manifest"
-        )
-    kept = packed.nnz
+    if (message := _entry_disagrees(packed.facts(), claim)) is not None or claim is None:
+        return message
     if packed.layout is Layout.DENSE:
         nonzero = int(unpack(packed).count_nonzero())
-        kept = claim.kept if nonzero <= claim.kept <= packed.nnz else nonzero
-    if kept != claim.kept:
-        return f"{kept:,} weights kept in the file, {claim.kept:,} in the manifest"
+        if not nonzero <= claim.kept <= packed.nnz:
+            return f"{nonzero:,} weights are not zero in the file, {claim.kept:,} kept by the manifest"
     return None

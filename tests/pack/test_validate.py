@@ -251,6 +251,14 @@ FAULTS: list[tuple[str, tuple[Layout, Encoding], Change, type[SparsekitError], s
 ]  # fmt: skip
 
 
+def test_an_index_of_m_is_refused_where_m_is_no_power_of_two() -> None:
+    keep = torch.tensor([[True, True, False]])
+    packed = pack(keep.float(), keep, Layout.NM, Encoding.RAW, NM(2, 3))
+    tensors = {**packed.tensors, "weight_index": torch.tensor([[0b1100]], dtype=torch.uint8)}
+    with pytest.raises(BadIndex, match=r"an index of 3 or more in row 0, group 0: \[0, 3\]"):
+        read(packed.facts(), tensors, "w")
+
+
 def doubled(tensors: dict[str, torch.Tensor], name: str) -> None:
     old = tensors[name]
     tensors[name] = old.view(torch.uint8).reshape(len(old), -1)[[0, 0]].reshape(-1).view(old.dtype)
