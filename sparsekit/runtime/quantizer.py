@@ -7,6 +7,7 @@ unpacked tensors must be the number that the files hold.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekit.checkpoint.source import PACKED_INDEX
-from sparsekit.errors import HeaderError, IndexMismatch, VersionError
-from sparsekit.pack import Encoding, Layout, read, unpack
+from sparsekit.errors import HeaderError, IndexMismatch, SparsekitError, VersionError
+from sparsekit.pack import read, unpack
 from sparsekit.pack.files import PackedFile
 from sparsekit.pack.tensor import SHAPE
-from sparsekit.pack.types import dtype_name
+from sparsekit.pack.verify import require_claims
 
 METHOD = "sparsekit"
+_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
+_EXPERT = re.compile(r"\.\d+\.(?=[^.]+\.weight$)")
 FORMAT_VERSION = 1
 PARTS = (
     "weight", SHAPE, "weight_bitmask", "weight_row_offsets", "weight_nz", "weight_index", "weight_blocks", "weight_low",
@@ -67,7 +70,7 @@ class Unpack(ConversionOps):  # type: ignore[misc]
         return Unpack(self.hf_quantizer)
 
     def convert(
-        self, input_dict: dict[str, Any], *, full_layer_name: str = "", model: Any = None, **_: Any
+        self, input_dict: dict[str, Any], *, full_layer_name: str = "", model: Any = None, **ignored: Any
     ) -> dict[str, list[torch.Tensor]]:
         """Return pattern or name of each weight -> dense tensors, in the order of the parts' lists."""
         grouped: dict[str, dict[str, list[torch.Tensor]]] = {}
@@ -75,17 +78,12 @@ class Unpack(ConversionOps):  # type: ignore[misc]
             owner, _, part = source.rpartition(".")
             grouped.setdefault(owner, {})[part] = tensors if isinstance(tensors, list) else [tensors]
         result: dict[str, list[torch.Tensor]] = {}
+        parameter = model.get_parameter_or_buffer(full_layer_name)
         for owner, parts in grouped.items():
-            lengths = {part: len(found) for part, found in parts.items()}
-            if len(set(lengths.values())) != 1:
-                raise IndexMismatch(f"parts of packed tensors do not pair up: {lengths}", where=full_layer_name)
             name = f"{owner}.weight" if owner else full_layer_name
+            found = self.hf_quantizer.unpack_all(parts, owner, full_layer_name, tuple(parameter.shape))
             # transformers leaves the cast to ops that read packed tensors
-            dtype = model.get_parameter_or_buffer(full_layer_name).dtype
-            result[name] = [
-                self.hf_quantizer.unpack({part: found[i] for part, found in parts.items()}, full_layer_name).to(dtype)
-                for i in range(next(iter(lengths.values())))
-            ]
+            result[name] = [tensor.to(parameter.dtype) for tensor in found]
         return result
 
     @property
@@ -105,42 +103,74 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: SparsekitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._facts: dict[str, dict[str, Any]] = {}
-        self._unpacked = 0
+        self._files: dict[str, str] = {}
+        self._unpacked: set[str] = set()
+        self._failed: SparsekitError | None = None
 
-    def unpack(self, parts: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        """Return the dense tensor of `parts`, validated; a lone `weight` is dense already.
+    def unpack_all(
+        self, parts: Mapping[str, list[torch.Tensor]], owner: str, name: str, shape: tuple[int, ...]
+    ) -> list[torch.Tensor]:
+        """Return the dense tensors of lists of parts, validated; a lone `weight` is dense already.
+
+        transformers turns an exception here into a note in a log and one of its own that tells nothing. So an error
+        waits, zeros in place of the weights, for `_process_model_after_weight_loading`, which raises it: no model with
+        these zeros is ever returned.
 
         Args:
-            parts: Part name -> tensor.
-            name: The parameter that is loaded; for experts the one that many tensors become together.
+            parts: Part name -> one tensor for each dense tensor.
+            owner: Pattern of the module that experts' tensors belong to, empty for a plain parameter.
+            name: The parameter that is loaded.
+            shape: Its shape.
         """
         if set(parts) == {"weight"}:
             return parts["weight"]
-        facts = self._facts_of(name) or self._raw_facts(parts, name)
-        packed = read(facts, {part: tensor.contiguous() for part, tensor in parts.items()}, name)
-        self._unpacked += 1
+        try:
+            lengths = {part: len(found) for part, found in parts.items()}
+            keys = self._experts(owner, name) if owner else [self._key(name)]
+            if set(lengths.values()) != {len(keys)}:
+                where = f"{self._files[keys[0]]}: {keys[0]}" if keys else name
+                raise IndexMismatch(
+                    f"{len(keys)} packed tensors become {name}, their parts do not pair up: {lengths}", where=where
+                )
+            return [
+                self._unpack(key, {part: found[place] for part, found in parts.items()})
+                for place, key in enumerate(keys)
+            ]
+        except SparsekitError as error:
+            self._failed = self._failed or error
+            return [torch.zeros(shape[1:] if owner else shape) for _ in next(iter(parts.values()))]
+
+    def _unpack(self, key: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        where = f"{self._files[key]}: {key}"
+        packed = read(self._facts[key], {part: tensor.contiguous() for part, tensor in parts.items()}, where)
+        self._unpacked.add(key)
         return unpack(packed)
 
-    def _facts_of(self, name: str) -> dict[str, Any] | None:
-        """Return the file's entry for a parameter; names may differ by the prefix of the base model."""
+    def _key(self, name: str) -> str:
+        """Return the file's name of a parameter; names may differ by the prefix of the base model."""
         if name in self._facts:
-            return self._facts[name]
+            return name
         near = [key for key in self._facts if name.endswith(f".{key}") or key.endswith(f".{name}")]
-        return self._facts[near[0]] if len(near) == 1 else None
+        if len(near) != 1:
+            raise HeaderError("parts of a packed tensor without an entry in the file's metadata", where=name)
+        return near[0]
 
-    def _raw_facts(self, parts: Mapping[str, torch.Tensor], name: str) -> dict[str, Any]:
-        """Return the entry of an expert's tensor from its parts alone; experts are stored with raw values."""
-        if not {SHAPE, "weight_nz"} <= parts.keys():
-            raise HeaderError(f"no entry in the file, and the parts {sorted(parts)} do not tell", where=name)
-        values = parts["weight_nz"]
-        return {
-            "layout": Layout.NM if "weight_index" in parts else Layout.BITMASK,
-            "encoding": Encoding.RAW,
-            "shape": parts[SHAPE].tolist(),
-            "dtype": dtype_name(values.dtype),
-            "pattern": self.quantization_config.pattern,
-            "nnz": values.numel(),
-        }
+    def _experts(self, owner: str, name: str) -> list[str]:
+        """Return the files' names of the experts that become one parameter, in the order transformers collects them.
+
+        Args:
+            owner: Such as `mlp.experts.*.up_proj`.
+            name: Such as `model.layers.3.mlp.experts.gate_up_proj`; its first number is the layer.
+        """
+        expert, layer = ".".join(owner.split(".")[-3:]), _NUMBER.findall(name)[:1]
+        return sorted(
+            (
+                key
+                for key in self._facts
+                if _EXPERT.sub(".*.", key).endswith(f".{expert}.weight") and _NUMBER.findall(key)[:1] == layer
+            ),
+            key=lambda key: [int(number) for number in _NUMBER.findall(key)],
+        )
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a format that this version does not know."""
@@ -160,17 +190,24 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         for file in checkpoint_files or []:
-            self._facts |= PackedFile(Path(file)).facts
+            found = PackedFile(Path(file)).facts
+            self._facts |= found
+            self._files |= dict.fromkeys(found, str(file))
         if not self._facts:
             raise IndexMismatch("the files hold no packed tensor, the configuration says they do", where=PACKED_INDEX)
+        for folder in sorted({Path(file).parent for file in self._files.values()}):
+            require_claims(folder, self._facts)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
-        if self._unpacked != len(self._facts):
+        if self._failed is not None:
+            raise self._failed
+        if lost := sorted(set(self._facts) - self._unpacked):
             raise IndexMismatch(
-                f"{self._unpacked} of {len(self._facts)} packed tensors were unpacked",
-                hint="The checkpoint belongs to another version of transformers or of the model.",
+                f"its parts were not loaded ({len(lost)} of {len(self._facts)} packed tensors)",
+                where=f"{self._files[lost[0]]}: {lost[0]}",
+                hint="Damaged, or of another version of transformers or of the model. See: sparsekit verify DIR",
             )
         # What was loaded through packed parts is saved through the architecture's own names.
         model._weight_conversions = None
