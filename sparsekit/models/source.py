@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from sparsekit.checkpoint.source import WeightFiles, is_packed, open_weights
 from sparsekit.errors import ModelError, RemoteCodeRefused, UnsupportedFamily, UsageError
 from sparsekit.lazy import require_address_space, torch
+from sparsekit.memory import release_freed
 from sparsekit.models.gguf import import_gguf
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.raw import torch_dtype
@@ -114,6 +115,11 @@ class ModelSource:
                 hint="Put the tokenizer files of the original model beside the weights.",
             ) from error
 
+    def forget_tokenizer(self) -> None:
+        """Free the tokenizer, tens of megabytes for a large vocabulary; it is read again when it is asked for."""
+        self.__dict__.pop("tokenizer", None)
+        release_freed()
+
     @property
     def max_length(self) -> int:
         """Longest sequence the model was made for, in tokens."""
@@ -137,8 +143,14 @@ class ModelSource:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
+        if self.packed:  # bit for bit the dense model: what is measured is the pruning, not the kernels
+            self.config.quantization_config["dequantize"] = True
         model, report = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=self.dtype, trust_remote_code=self.trust_remote_code, output_loading_info=True
+            self.folder,
+            config=self.config,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            output_loading_info=True,
         )
         if report["missing_keys"] or report["mismatched_keys"]:
             names = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
