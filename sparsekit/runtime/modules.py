@@ -31,7 +31,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.in_features = dense.in_features
         self.out_features = dense.out_features
-        weight: nn.Parameter = dense.weight
+        weight: Any = dense.weight  # a Parameter, which torch types as Tensor
         self.register_parameter("weight", weight)
         self.register_parameter("bias", dense.bias)
         self.packed: Tensor | None = None
