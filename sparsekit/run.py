@@ -93,6 +93,7 @@ def execute(
     blocks = _calibration(prepared, reporter) if prepared.needs_data else None
     if evaluation:
         _check_evaluation(prepared, reporter)
+    prepared.source.forget_tokenizer()  # the evaluation, long after, reads it again
     identity = _identity(prepared, blocks)
     if is_finished(out, identity):
         recover(out)  # a run killed right after its commit left its journal

@@ -18,6 +18,7 @@ from sparsekit.errors import NonFinite, SparsekitError
 from sparsekit.finite import all_finite
 from sparsekit.lanes import MAX_LANES, Turns, side_by_side
 from sparsekit.lazy import torch
+from sparsekit.memory import release_freed
 from sparsekit.models.capture import Call, capture, run_block
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.linears import Linear, tap_inputs
@@ -116,6 +117,7 @@ class _Walk:
         self.reporter.finish(step)
         self.model.release_block(0)
         self.model.release_outer()
+        release_freed()
         for sample, states in enumerate(self.hidden):
             _refuse_nonfinite(states, "embeddings", sample)
 
@@ -150,12 +152,14 @@ class _Walk:
                 raise SparsekitError(f"block returned {list(out.shape)}, got {got}", where=where)
             if keep:
                 _refuse_nonfinite(out, where, sample)
-                self.hidden[sample] = out
+                # In place: tensors that live on between those that come and go would keep freed memory from the system.
+                self.hidden[sample].copy_(out)
 
         # A model's own code may keep things in its modules between calls; transformers' blocks do not.
         own_code = type(visit.block).__module__.startswith("transformers_modules")
         side_by_side(len(calls), one, most=1 if own_code else MAX_LANES)
         self.propagated = self.propagated or keep
+        release_freed()
 
 
 class _SeenAll(Exception):  # a signal that ends a pass, not an error

@@ -64,7 +64,7 @@ def capture(model: LazyModel, samples: Tensor, advance: Callable[[], None]) -> t
             else:
                 states, rest = kwargs.pop("hidden_states"), ()
             if index == 0:
-                hidden.append(states)
+                hidden.append(states.clone())  # changed in place later; arguments may hold the original
             calls[index].append(Call(pool.share(rest), {k: pool.share(v) for k, v in kwargs.items()}))
             if index == len(calls) - 1:
                 raise _Captured
