@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import platform
 import zlib
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from sparsekit.runtime import native
 from sparsekit.runtime.native import MemoryLayout
 
-ISAS = ("portable", "neon") if platform.machine() == "aarch64" else ("portable", "avx2", "avx512", "avx512bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 
 
 def bitmask(keep: torch.Tensor) -> torch.Tensor:

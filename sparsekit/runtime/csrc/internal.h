@@ -88,8 +88,6 @@ struct Kernels {
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
-#elif defined(__aarch64__)
-extern const Kernels kNeon;
 #endif
 
 const Kernels& kernels();  // the chosen table
