@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,16 @@ import numpy as np
 
 from sparsekit.checkpoint.manifest import FILE, Manifest, read_manifest
 from sparsekit.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
+from sparsekit.checkpoint.source import TensorLocation, WeightFiles
 from sparsekit.contracts import LinearInfo
-from sparsekit.errors import CheckpointError, TruncatedError
+from sparsekit.errors import CheckpointError, HeaderError, TruncatedError
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.linears import Linear
-from sparsekit.models.source import ModelSource, open_model
+from sparsekit.models.source import open_model
+from sparsekit.pack import unpack
+from sparsekit.pack.files import PackedFile
+from sparsekit.pack.types import DTYPES
+from sparsekit.pack.verify import pruned_claims
 from sparsekit.progress import Reporter, track
 
 CHUNK_BYTES = 16 << 20
@@ -52,6 +57,8 @@ class Kind:
         numel: Weights in all of them.
         zeros: How many of the weights are zero; None if the weights were not read.
         kept: How many weights the manifest says were kept; None for what it does not call pruned.
+        forms: How they are stored, `layout/encoding`; empty where all are plain tensors.
+        stored_bytes: What they take in the files.
     """
 
     name: str
@@ -60,6 +67,13 @@ class Kind:
     numel: int
     zeros: int | None
     kept: int | None
+    forms: tuple[str, ...]
+    stored_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits in the files for each weight, zeros too."""
+        return 8 * self.stored_bytes / self.numel
 
     @property
     def sparsity(self) -> float | None:
@@ -123,7 +137,7 @@ class Inspection:
         model_type, architecture: Of the configuration.
         config: Sizes from the configuration; only those it has.
         blocks: Number of decoder blocks.
-        parameters: Numbers stored in all tensors.
+        parameters: Numbers in all tensors, zeros that are not stored too.
         block_weights: Weights of all matrices in the blocks, routers aside.
         dtypes: Bytes per stored dtype.
         total_bytes: Of all tensors.
@@ -167,7 +181,7 @@ class Inspection:
         """Return JSON values."""
         document = {**asdict(self), "folder": str(self.folder), "sparsity": self.sparsity}
         for entry, kind in zip(document["kinds"], self.kinds, strict=True):
-            entry["sparsity"] = kind.sparsity
+            entry |= {"sparsity": kind.sparsity, "bits_per_weight": kind.bits_per_weight}
         if self.agreement is not None:
             document["agreement"] |= {"ok": self.agreement.ok, "zeros_lost": self.agreement.zeros_lost}
         return document
@@ -194,11 +208,15 @@ def inspect_model(
         ModelError, CheckpointError: The model cannot be opened.
     """
     source = open_model(name, reporter, revision=revision, trust_remote_code=trust_remote_code)
-    model = source.lazy()
+    stored = stored_tensors(source.weights)
+    # By the names and shapes of its dense tensors a packed checkpoint has the structure of a dense one.
+    dense = {name: TensorLocation("", tensor.entry) for name, tensor in stored.items()}
+    model = replace(source, weights=replace(source.weights, files=(), tensors=dense)).lazy()
     places = [(linear, keys) for index in range(model.blocks) for linear, keys in _places(model, index)]
     manifest, problem = _manifest(source.folder)
-    counted = {key for _, keys in places for key in keys} | (_pruned(manifest).keys() & source.weights.tensors.keys())
-    tallies = _count(source, sorted(counted), reporter) if weights else {}
+    pruned = _pruned(manifest)
+    counted = {key for _, keys in places for key in keys} | (pruned.keys() & stored.keys())
+    tallies = _count(stored, sorted(counted), reporter) if weights else {}
     nonzero = {key: tally.nonzero for key, tally in tallies.items()}
     dtypes: dict[str, int] = {}
     for location in source.weights.tensors.values():
@@ -211,16 +229,16 @@ def inspect_model(
         architecture=type(model.module).__name__,
         config=_config_facts(source.config),
         blocks=model.blocks,
-        parameters=sum(location.entry.numel for location in source.weights.tensors.values()),
+        parameters=sum(tensor.entry.numel for tensor in stored.values()),
         block_weights=model.stack.matrix_weights(),
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
         total_bytes=source.weights.total_bytes,
         files=source.weights.files,
-        kinds=_kinds(model, places, nonzero if weights else None, manifest),
+        kinds=_kinds(model, places, nonzero if weights else None, pruned, stored),
         claim=_claim(source.config),
         origin=_origin(manifest) if manifest else None,
         manifest_problem=problem,
-        agreement=_agreement(manifest, source, nonzero) if manifest else None,
+        agreement=_agreement(manifest, pruned, stored, nonzero) if manifest else None,
         weights_read=weights,
         nonfinite={key: tally.nonfinite for key, tally in tallies.items() if tally.nonfinite},
     )
@@ -243,7 +261,8 @@ def _kinds(
     model: LazyModel,
     places: Sequence[tuple[list[Linear], tuple[str, ...]]],
     nonzero: Mapping[str, int] | None,
-    manifest: Manifest | None,
+    pruned: Mapping[str, int],
+    stored: Mapping[str, StoredTensor],
 ) -> tuple[Kind, ...]:
     infos: dict[str, list[LinearInfo]] = {}
     tensors: dict[str, list[str]] = {}
@@ -252,7 +271,6 @@ def _kinds(
         kind = _NUMBER.sub("*", first.name.removeprefix(f"{model.stack.prefix(first.block)}."))
         infos.setdefault(kind, []).extend(linear.info for linear in linears)
         tensors.setdefault(kind, []).extend(keys)
-    pruned = _pruned(manifest)
     kinds = []
     for kind, members in infos.items():
         numel = sum(info.numel for info in members)
@@ -265,6 +283,8 @@ def _kinds(
                 numel=numel,
                 zeros=None if nonzero is None else numel - sum(nonzero[key] for key in tensors[kind]),
                 kept=sum(kept) if kept else None,
+                forms=tuple(sorted({form for key in tensors[kind] if (form := stored[key].form)})),
+                stored_bytes=sum(stored[key].size_bytes for key in tensors[kind]),
             )
         )
     return tuple(kinds)
@@ -293,7 +313,7 @@ def _manifest(folder: Path) -> tuple[Manifest | None, str | None]:
 
 def _pruned(manifest: Manifest | None) -> dict[str, int]:
     """Return kept weights per pruned tensor."""
-    return {name: facts.kept for name, facts in manifest.tensors.items() if facts.kept is not None} if manifest else {}
+    return {name: claim.kept for name, claim in pruned_claims(manifest).items()} if manifest else {}
 
 
 def _origin(manifest: Manifest) -> Origin:
@@ -308,11 +328,14 @@ def _origin(manifest: Manifest) -> Origin:
     )
 
 
-def _agreement(manifest: Manifest, source: ModelSource, nonzero: Mapping[str, int]) -> Agreement:
-    pruned = _pruned(manifest)
-    stored = source.weights.tensors
+def _agreement(
+    manifest: Manifest, pruned: Mapping[str, int], stored: Mapping[str, StoredTensor], nonzero: Mapping[str, int]
+) -> Agreement:
     missing = [
-        name for name in pruned if name not in stored or stored[name].entry.shape != manifest.tensors[name].shape
+        name
+        for name in pruned
+        if name not in stored
+        or (name in manifest.tensors and stored[name].entry.shape != manifest.tensors[name].shape)
     ]
     lost = [
         Lost(name, kept, nonzero[name])
@@ -331,12 +354,65 @@ class Tally:
     nonfinite: int
 
 
-def _count(source: ModelSource, names: Sequence[str], reporter: Reporter) -> dict[str, Tally]:
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the dense model, as it lies in a file.
+
+    Attributes:
+        entry: Dtype and shape it has when it is dense; its place in the file if it is stored so.
+        file: Holds it.
+        form: `layout/encoding` of a packed tensor, None for a plain one.
+        size_bytes: What it takes, all parts together.
+    """
+
+    entry: TensorEntry
+    file: PackedFile
+    form: str | None
+    size_bytes: int
+
+
+def stored_tensors(weights: WeightFiles) -> dict[str, StoredTensor]:
+    """Return every tensor of the dense model; only headers are read.
+
+    Raises:
+        HeaderError: A packed tensor's entry lacks what describes it.
+    """
+    found: dict[str, StoredTensor] = {}
+    for name in weights.files:
+        file = PackedFile(weights.path(name))
+        for key in file.names():
+            found[key] = _packed_tensor(file, key) if key in file.facts else _plain_tensor(file, key)
+    return dict(sorted(found.items()))
+
+
+def _plain_tensor(file: PackedFile, key: str) -> StoredTensor:
+    entry = file.header.tensors[key]
+    return StoredTensor(entry, file, None, entry.size_bytes)
+
+
+def _packed_tensor(file: PackedFile, key: str) -> StoredTensor:
+    facts = file.facts[key]
+    shape, dtype = facts.get("shape"), facts.get("dtype")
+    sides = shape if isinstance(shape, list) else []
+    if len(sides) != 2 or not all(type(side) is int and side >= 0 for side in sides) or dtype not in DTYPES:
+        raise HeaderError(f"shape {shape!r} or dtype {dtype!r} is malformed", where=f"{file.path}: {key}")
+    stem = key.removesuffix("weight")
+    parts = [entry.size_bytes for name, entry in file.header.tensors.items() if file.is_part(name, stem)]
+    entry = TensorEntry(dtype, tuple(reversed(sides) if facts.get("transposed") else sides), 0, 0)
+    return StoredTensor(entry, file, f"{facts.get('layout')}/{facts.get('encoding')}", sum(parts))
+
+
+def _count(stored: Mapping[str, StoredTensor], names: Sequence[str], reporter: Reporter) -> dict[str, Tally]:
     """Return the tally of each checkpoint tensor."""
     counts = {}
     for name in track(names, reporter, "count zeros", len(names), "tensor"):
-        location = source.weights.tensors[name]
-        counts[name] = tally(source.weights.path(location.file), location.entry, where=name)
+        tensor = stored[name]
+        if tensor.form is None:
+            counts[name] = tally(tensor.file.path, tensor.entry, where=name)
+        else:
+            weight = unpack(tensor.file.packed(name))
+            nonfinite = weight.numel() - int(weight.isfinite().count_nonzero())
+            counts[name] = Tally(int(weight.count_nonzero()), nonfinite)
     return counts
 
 

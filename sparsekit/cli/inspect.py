@@ -60,18 +60,33 @@ def _facts(found: Inspection) -> str:
 
 
 def _linears(found: Inspection) -> str:
-    compared = any(kind.kept is not None for kind in found.kinds)
+    packed = any(kind.forms for kind in found.kinds)
+    # A line is 80 wide; that packed zeros are as recorded stands below the table.
+    compared = not packed and any(kind.kept is not None for kind in found.kinds)
     header = ["linear", "count", "out x in", "weights", "zeros", *(["recorded"] if compared else [])]
-    rows = [[*_kind(kind), *([_recorded(kind)] if compared else [])] for kind in found.kinds]
+    header += ["stored", "bits"] if packed else []
+    rows = [
+        [*_kind(kind), *([_recorded(kind)] if compared else []), *(_stored(kind) if packed else [])]
+        for kind in found.kinds
+    ]
     numel = sum(kind.numel for kind in found.kinds)
     total = ["all", f"{sum(kind.count for kind in found.kinds)}", "", count_text(numel), _ratio(found.sparsity)]
-    return render.table(header, [*rows, [*total, *([""] if compared else [])]], right=(1, 3, 4, 5))
+    total += [""] if compared else []
+    if packed:
+        total += ["", f"{8 * sum(kind.stored_bytes for kind in found.kinds) / numel:.2f}" if numel else "-"]
+    right = [number for number, name in enumerate(header) if name not in ("linear", "out x in", "stored")]
+    return render.table(header, [*rows, total], right=right)
 
 
 def _kind(kind: Kind) -> list[str]:
     shapes = [f"{rows} x {columns}" for rows, columns in kind.shapes]
     shape = ", ".join(shapes[:3]) + (f" and {len(shapes) - 3} more" if len(shapes) > 3 else "")
     return [kind.name, f"{kind.count}", shape, count_text(kind.numel), _ratio(kind.sparsity)]
+
+
+def _stored(kind: Kind) -> list[str]:
+    """Return layout and encoding, and bits in the files for each weight."""
+    return [", ".join(kind.forms) or "dense", f"{kind.bits_per_weight:.2f}"]
 
 
 def _recorded(kind: Kind) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sparsekit.checkpoint.jsonio import parse
 from sparsekit.checkpoint.safetensors_file import Header, read_header
 from sparsekit.errors import HeaderError
-from sparsekit.pack.tensor import read, unpack
+from sparsekit.pack.tensor import SHAPE, form_of, read, require_parts, unpack
 from sparsekit.pack.types import Encoding, Layout, PackedTensor
 
 if TYPE_CHECKING:
@@ -90,9 +90,28 @@ class PackedFile:
         found = {
             name[len(stem) :]: self._open().get_tensor(name)
             for name in self.header.tensors
-            if name.startswith(f"{stem}{_WEIGHT}") and "." not in name[len(stem) :]
+            if self.is_part(name, stem)
         }
         return read(self.facts[key], found, f"{self.path}: {key}")
+
+    def check_parts(self) -> None:
+        """Require that every entry has exactly its parts, and every part an entry; only the header is read.
+
+        Raises:
+            HeaderError: naming file and tensor.
+        """
+        for key, facts in self.facts.items():
+            where, stem = f"{self.path}: {key}", key.removesuffix(_WEIGHT)
+            names = {name[len(stem) :]: name for name in self.header.tensors if _is_part(name, {stem})}
+            require_parts(names, *form_of(facts, where), where)
+        for name in self.header.tensors:
+            key = f"{name.removesuffix(SHAPE)}{_WEIGHT}"
+            if name.endswith(f".{SHAPE}") and key not in self.facts:
+                raise HeaderError(f"has parts, but no entry in {METADATA}", where=f"{self.path}: {key}")
+
+    def is_part(self, name: str, stem: str) -> bool:
+        """Whether a stored tensor is a part of the packed tensor `<stem>weight`."""
+        return _is_part(name, {stem})
 
     def dense(self, key: str) -> Tensor:
         """Return a tensor as the dense model has it."""

@@ -136,16 +136,8 @@ def validate(packed: PackedTensor, where: str) -> None:
     if packed.encoding is Encoding.SPLIT and packed.dtype != "BF16":
         raise HeaderError(f"split values are bf16, the entry says {packed.dtype}", where=where)
     tensors, shape = packed.tensors, packed.shape
-    plain = (packed.layout, packed.encoding) == (Layout.DENSE, Encoding.RAW)
-    values = {
-        Encoding.RAW: frozenset({kind.RAW}),
-        Encoding.SPLIT: split.SUFFIXES,
-        Encoding.INT8: quantised.SUFFIXES,
-        Encoding.INT4: quantised.SUFFIXES,
-    }[packed.encoding]
-    names = set(kind.SUFFIXES | values) | (set() if plain else {SHAPE})
-    require_names(tensors, names, set(split.PATCHES) if packed.encoding is Encoding.SPLIT else set(), where)
-    if not plain:
+    require_parts(tensors, packed.layout, packed.encoding, where)
+    if (packed.layout, packed.encoding) != (Layout.DENSE, Encoding.RAW):
         require(tensors[SHAPE], SHAPE, torch.int64, (2,), where)
         if tuple(tensors[SHAPE].tolist()) != shape:
             raise HeaderError(f"weight_shape is {tensors[SHAPE].tolist()}, the entry says {list(shape)}", where=where)
@@ -159,6 +151,35 @@ def validate(packed: PackedTensor, where: str) -> None:
             split.check_patches(tensors, _ranked(packed), shape, where)
     else:
         quantised.check(tensors, extent, packed.encoding, shape, where)
+
+
+def require_parts(tensors: Mapping[str, Any], layout: Layout, encoding: Encoding, where: str) -> None:
+    """Require that the names in `tensors` are those of a layout and encoding that exist together.
+
+    Raises:
+        HeaderError: One is missing or too many, or the combination does not exist.
+    """
+    if encoding not in ALLOWED[layout]:
+        raise HeaderError(f"{layout} with {encoding} does not exist", where=where)
+    kind: Any = _LAYOUTS[layout]
+    values = {
+        Encoding.RAW: frozenset({kind.RAW}),
+        Encoding.SPLIT: split.SUFFIXES,
+        Encoding.INT8: quantised.SUFFIXES,
+        Encoding.INT4: quantised.SUFFIXES,
+    }[encoding]
+    shape = set() if (layout, encoding) == (Layout.DENSE, Encoding.RAW) else {SHAPE}
+    optional = set(split.PATCHES) if encoding is Encoding.SPLIT else set()
+    require_names(tensors, set(kind.SUFFIXES | values) | shape, optional, where)
+
+
+def form_of(facts: Mapping[str, Any], where: str) -> tuple[Layout, Encoding]:
+    """Return layout and encoding of a JSON entry.
+
+    Raises:
+        HeaderError: One does not exist.
+    """
+    return _member(Layout, facts, "layout", where), _member(Encoding, facts, "encoding", where)
 
 
 def prove(packed: PackedTensor, weight: Tensor, keep: Tensor, where: str) -> None:
@@ -196,7 +217,7 @@ def read(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) ->
         HeaderError: The entry is not one, or names a layout, encoding or dtype that does not exist.
         SparsekitError: As `validate`.
     """
-    layout, encoding = _member(Layout, facts, "layout", where), _member(Encoding, facts, "encoding", where)
+    layout, encoding = form_of(facts, where)
     shape, nnz, transposed = facts.get("shape"), facts.get("nnz"), facts.get("transposed", False)
     if not isinstance(shape, list | tuple) or len(shape) != 2 or not all(_is_count(size, _LONGEST) for size in shape):
         raise HeaderError(f"shape is {shape!r}, needed [rows, cols]", where=where)

@@ -111,6 +111,10 @@ def packed_problems(folder: Path, manifest: Manifest) -> Iterator[Problem]:
         except SparsekitError as error:
             yield Problem(path.name, error.message)
             continue
+        try:
+            file.check_parts()
+        except SparsekitError as error:
+            yield Problem(str(error.where).removeprefix(f"{folder}/"), error.message)
         for name in sorted(file.facts):
             seen.add(name)
             try:
