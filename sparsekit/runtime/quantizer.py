@@ -7,6 +7,7 @@ unpacked tensors must be the number that the files hold.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -24,11 +25,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekit.checkpoint.source import PACKED_INDEX
-from sparsekit.errors import HeaderError, IndexMismatch, SparsekitError, VersionError
+from sparsekit.errors import HeaderError, IndexMismatch, KernelsMissing, SparsekitError, UsageError, VersionError
 from sparsekit.pack import read, unpack
 from sparsekit.pack.files import PackedFile
 from sparsekit.pack.tensor import SHAPE
 from sparsekit.pack.verify import require_claims
+from sparsekit.runtime import native
+from sparsekit.runtime.modules import SparseLinear
 
 METHOD = "sparsekit"
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
@@ -48,11 +51,17 @@ class SparsekitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Attributes:
         format_version: Version of docs/format.md that the files follow.
         pattern: Pattern of all packed tensors.
-        dequantize: Unpack while loading; the model is then an ordinary dense one.
+        dequantize: True: unpack while loading; the model is then an ordinary dense one, equal to the dense checkpoint
+            bit by bit. False: layers multiply with packed weights. None: packed where this installation has kernels
+            and no device_map asks for something else; the environment variable SPARSEKIT_RUNTIME=dense|packed decides too.
     """
 
     def __init__(
-        self, format_version: int = FORMAT_VERSION, pattern: str = "unstructured", dequantize: bool = True, **_: Any
+        self,
+        format_version: int = FORMAT_VERSION,
+        pattern: str = "unstructured",
+        dequantize: bool | None = None,
+        **_: Any,
     ) -> None:
         self.quant_method = METHOD
         self.format_version = format_version
@@ -190,6 +199,11 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"packed format version {version}, this sparsekit reads {FORMAT_VERSION}",
                 hint="Upgrade: pip install --upgrade sparsekit",
             )
+        config = self.quantization_config
+        if config.dequantize is None:
+            config.dequantize = not _runs_packed(kwargs.get("device_map"))
+        elif not config.dequantize and not native.available():
+            raise KernelsMissing(str(native.missing_reason()), hint="Load with SPARSEKIT_RUNTIME=dense.")
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Name the weight files; they are not called as usual, so that nothing else loads them by mistake."""
@@ -204,10 +218,21 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
             opened.check_parts()
             self._facts |= opened.facts
             self._files |= dict.fromkeys(opened.facts, str(file))
+        if not self.quantization_config.dequantize:
+            self._make_sparse(model)
         if not self._facts:
             raise IndexMismatch("the files hold no packed tensor, the configuration says they do", where=PACKED_INDEX)
         for folder in sorted({Path(file).parent for file in self._files.values()}):
             require_claims(folder, self._facts)
+
+    def _make_sparse(self, model: Any) -> None:
+        """Put SparseLinear where the model has a packed linear; what is transposed or fused is unpacked instead."""
+        modules = dict(model.named_modules())
+        for key in self._facts:
+            name = key.removesuffix(".weight")
+            for known in (name, f"{model.base_model_prefix}.{name}"):
+                if type(modules.get(known)) is torch.nn.Linear:
+                    model.set_submodule(known, SparseLinear(modules[known]))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if hasattr(model.config, "transformers_weights"):
@@ -228,6 +253,12 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         """Both ways of loading unpack."""
         return {"dequantize": Unpack, "deserialize": Unpack}
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Save as an ordinary dense checkpoint; packed ones are written by `sparsekit convert`."""
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        return model.state_dict(), {}
+
     def is_serializable(self) -> bool:
         """A loaded model saves as an ordinary dense checkpoint."""
         return True
@@ -236,6 +267,19 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Unpacked weights are ordinary parameters."""
         return True
+
+
+def _runs_packed(device_map: Any) -> bool:
+    """Decide for a user who did not: packed on the CPU where the kernels are, else dense."""
+    wanted = os.environ.get("SPARSEKIT_RUNTIME", "auto")
+    if wanted not in ("auto", "dense", "packed"):
+        raise UsageError(f"SPARSEKIT_RUNTIME={wanted}: choose auto, dense or packed")
+    if wanted == "packed" and not native.available():
+        raise KernelsMissing(str(native.missing_reason()), hint="Load with SPARSEKIT_RUNTIME=dense.")
+    # "auto" may put layers on a disk or a GPU, where packed layers have no kernel.
+    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    on_cpu = all(device is None or str(device) == "cpu" for device in devices)
+    return wanted != "dense" and on_cpu and native.available()
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a module that is loaded twice registers once
