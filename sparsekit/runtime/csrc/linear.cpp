@@ -10,7 +10,7 @@ namespace sk {
 namespace {
 
 constexpr int64_t kTokenTile = 12;    // tokens of one micro-kernel call
-constexpr int64_t kTokenChunk = 384;  // tokens per pass over the weight; bounds the accumulators of a thread
+constexpr int64_t kTokenChunk = 512;  // tokens per pass over the weight; bounds the accumulators of a thread
 constexpr int64_t kScratch = 256 << 10;
 
 // Memory that a thread keeps between calls.
@@ -39,8 +39,11 @@ void interleave(T* out, int64_t steps, int64_t tokens, int64_t tile, int64_t beg
   for (int64_t first = begin * tile; first < tokens && first < end * tile; first += tile) {
     const int64_t n = tokens - first < tile ? tokens - first : tile;
     T* base = out + first * steps;
-    for (int64_t t = 0; t < n; ++t)
-      for (int64_t k = 0; k < steps; ++k) base[k * n + t] = get(first + t, k);
+    for (int64_t k0 = 0; k0 < steps; k0 += 16) {  // a cache line of every token at a time
+      const int64_t k1 = k0 + 16 < steps ? k0 + 16 : steps;
+      for (int64_t t = 0; t < n; ++t)
+        for (int64_t k = k0; k < k1; ++k) base[k * n + t] = get(first + t, k);
+    }
   }
 }
 
