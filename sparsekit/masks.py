@@ -41,7 +41,10 @@ def select(score: Tensor, pattern: Pattern, budget: int, group: Group) -> Tensor
         PlanError: The budget is impossible for this shape and pattern.
     """
     if not all_finite(score):
-        raise NonFinite(f"{int((~torch.isfinite(score)).sum())} of {score.numel()} scores are not finite")
+        raise NonFinite(
+            f"{int((~torch.isfinite(score)).sum())} of {score.numel()} scores are not finite",
+            hint="Weights times activations leave the range of float32: check the model and the calibration text.",
+        )
     out_features, in_features = score.shape
     if isinstance(pattern, NM):
         pattern.check(out_features, in_features, where="mask selection")

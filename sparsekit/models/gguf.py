@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,7 @@ def _read(path: Path, dtype: str) -> tuple[Any, Any]:
                 quantization_config=GgufConfig(dequantize=True),
                 **arguments,
             )
-    except (ValueError, KeyError, TypeError, OSError, IndexError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, OSError, RuntimeError, AssertionError, struct.error) as error:
         text = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
         raise ModelError(
             f"transformers cannot read it: {type(error).__name__}: {text}",
