@@ -13,7 +13,6 @@ import ctypes
 import functools
 import mmap
 import os
-import sys
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
@@ -188,6 +187,14 @@ def missing_reason() -> str | None:
     return None
 
 
+def describe() -> dict[str, object]:
+    """Return what `doctor` shows: the instruction set in use and those that run here, or why there are no kernels."""
+    reason = missing_reason()
+    if reason is not None:
+        return {"kernels": None, "missing": reason}
+    return {"kernels": isa(), "instruction_sets": isas()}
+
+
 def _use_isa(lib: ctypes.CDLL, name: str) -> None:
     known = _isas(lib)
     if lib.sk_isa_use(name.encode()):
@@ -236,8 +243,7 @@ def _share_threads(lib: ctypes.CDLL) -> None:
 
     torch's own parallel loops run on the OpenMP runtime it has loaded; its entry points are enough to run there too.
     """
-    if "torch" not in sys.modules and not hasattr(torch, "get_num_threads"):
-        return
+    torch.get_num_threads()  # loads torch, and with it the runtime
     process = ctypes.CDLL(None)
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     try:

@@ -100,6 +100,30 @@ def test_disagreement_is_refused(layout: MemoryLayout) -> None:
     refuse(mask=padded)
 
 
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), rows=st.integers(0, 40), cols=st.integers(0, 80), layout=st.sampled_from(list(MemoryLayout)))
+def test_arbitrary_arrays_are_refused_or_packed(
+    data: st.DataObject, rows: int, cols: int, layout: MemoryLayout
+) -> None:
+    """Whatever a file holds: a typed error, or a packed weight whose nnz is the mask's."""
+    size = rows * -(-cols // 8)
+    seed = data.draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+    if cols % 8 and data.draw(st.booleans()):
+        mask = (mask.reshape(rows, -(-cols // 8)) & torch.tensor([255] * (cols // 8) + [(1 << cols % 8) - 1])).to(
+            torch.uint8
+        )
+    bits = sum(int(byte).bit_count() for byte in mask.reshape(-1).tolist())
+    values = torch.zeros(max(0, bits + data.draw(st.sampled_from([0, 0, 0, -1, 1, 1000])))).bfloat16()
+    try:
+        packed = native.pack(mask, values, (rows, cols), layout)
+    except BadIndex:
+        return
+    assert native.info(packed).nnz == bits == values.numel()
+    assert int((native.unpack(packed) != 0).sum()) == 0
+
+
 def test_only_packed_buffers_are_accepted() -> None:
     packed = case(20, 21, 0.5, torch.bfloat16).pack(MemoryLayout.SPLIT)
     for broken in (packed[:-1], packed[:100], torch.zeros(4096, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)):
