@@ -185,8 +185,9 @@ def test_a_truncated_shard(packed):
 @pytest.mark.parametrize("damage", [flip_mask, unknown_layout, drop_offsets], ids=lambda damage: damage.__name__)
 def test_eval_says_it_on_one_line(packed, damage):
     name = change(packed, damage)
+    arguments = ["eval", str(packed), "--samples", "1", "--sequence-length", "16", "-q"]
     done = subprocess.run(
-        [sys.executable, "-c", "from sparsekit.cli.app import main; main()", "eval", str(packed), "--samples", "1", "--sequence-length", "16", "-q"],
+        [sys.executable, "-c", "from sparsekit.cli.app import main; main()", *arguments],
         capture_output=True,
         text=True,
         check=False,
