@@ -44,6 +44,9 @@ class Form:
     encoding: Encoding | None = None
 
 
+_ERROR_ELEMENTS = 1 << 18  # weights whose error is summed at a time
+
+
 @dataclass(frozen=True)
 class StageResult:
     """What a stage did: facts per linear and per stored tensor, from the journal (so also for resumed blocks)."""
@@ -161,19 +164,24 @@ def _errors(dense: Tensor, stored: Tensor, stats: Stats) -> dict[str, Any]:
 
     With channel norms alone the output error is that of uncorrelated inputs: sum (dW_ij n_j)^2 / sum (W_ij n_j)^2.
     """
-    difference = dense - stored.to(torch.float32)
-    facts: dict[str, Any] = {"weight_error": _ratio(difference, dense)}
     sumsq = stats.get("sumsq")
+    norm = sumsq.norm() if isinstance(sumsq, SumSq) else None
+    sums = dict.fromkeys(("dw", "w", "dy", "y"), 0.0)
+    # A few rows at a time: copies of a whole linear would be the peak of the run's memory.
+    step = max(1, _ERROR_ELEMENTS // dense.shape[1])
+    for start in range(0, dense.shape[0], step):
+        whole = dense[start : start + step]
+        part = whole - stored[start : start + step].to(torch.float32)
+        sums["dw"] += float(part.square().sum())
+        sums["w"] += float(whole.square().sum())
+        if norm is not None:
+            sums["dy"] += float(part.mul_(norm).square_().sum())
+            sums["y"] += float((whole * norm).square_().sum())
+    facts: dict[str, Any] = {"weight_error": sums["dw"] / sums["w"] if sums["w"] else 0.0}
     if isinstance(sumsq, SumSq):
-        norm = sumsq.norm()
-        facts["output_error_diagonal"] = _ratio(difference * norm, dense * norm)
+        facts["output_error_diagonal"] = sums["dy"] / sums["y"] if sums["y"] else 0.0
         facts["tokens"] = sumsq.tokens
     return facts
-
-
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    total = float(whole.square().sum())
-    return float(part.square().sum()) / total if total else 0.0
 
 
 def _parameter(linear: Linear) -> str:

@@ -6,7 +6,6 @@ block one by one (several side by side, in threads), so results cannot depend on
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -242,8 +241,7 @@ class _Collector:
 def _refuse_nonfinite_weights(model: LazyModel, block: nn.Module, index: int) -> None:
     """Name the damaged tensor itself: left in, it shows as NaN activations of the linear behind it."""
     for name, parameter in block.named_parameters():
-        # A float64 sum of such numbers is finite exactly if they all are, and needs no temporary of their size.
-        if math.isfinite(float(parameter.detach().sum(dtype=torch.float64))):
+        if all_finite(parameter):
             continue
         bad = ~torch.isfinite(parameter)
         flat = bad.reshape(-1).to(torch.uint8).argmax()

@@ -39,4 +39,4 @@ class Wanda(LayerPruner[WandaOptions]):
         """Score every weight by its magnitude times the norm of its input channel."""
         sumsq = stats["sumsq"]
         assert isinstance(sumsq, SumSq)  # noqa: S101  (the walker delivers what `needs` names)
-        return ranked(weight, weight.abs() * sumsq.norm(), self.options.group)  # eq. 1
+        return ranked(weight, weight.abs().mul_(sumsq.norm()), self.options.group)  # eq. 1
