@@ -12,7 +12,8 @@ from sparsekit.pack.types import as_bits
 from sparsekit.runtime import native, ops
 
 DENSE_FROM_TOKENS = 64
-"""From so many tokens on, arithmetic limits a product, not the reading of the weight: unpack once, multiply dense."""
+"""From so many tokens on, arithmetic limits a product, not the reading of the weight. Where the kernels have no bf16
+arithmetic, torch's dense product of the unpacked weight is then the faster one."""
 
 
 class SparseLinear(nn.Module):
@@ -51,13 +52,13 @@ class SparseLinear(nn.Module):
 
     def _pack(self, weight: Tensor) -> None:
         keep = as_bits(weight.contiguous()) != 0
-        layout = native.MemoryLayout.SPLIT if weight.dtype is torch.bfloat16 else native.MemoryLayout.BITMAP
+        layout = native.best_layout(weight.dtype, int(keep.sum()) / max(keep.numel(), 1))
         self.packed = native.pack(pack_mask(keep), weight[keep], (self.out_features, self.in_features), layout)
         self._parameters.pop("weight", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x W^T + b` for `x: [..., in]`."""
-        if x.numel() >= DENSE_FROM_TOKENS * self.in_features:
+        if x.numel() >= DENSE_FROM_TOKENS * self.in_features and native.isa() != "avx512bf16":
             return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
         packed = self.packed
         if packed is None:
