@@ -124,7 +124,7 @@ def _top_per_row(score: Tensor, count: int) -> Tensor:
         # Of the weights that equal the threshold, the first few fill the row up to the exact count.
         tied = score[crowded] == threshold[crowded]
         spare = tied.sum(dim=1) - surplus[crowded]
-        keep[crowded] &= ~tied | (tied.cumsum(dim=1) <= spare[:, None])
+        keep[crowded] &= ~tied | (tied.cumsum(dim=1, dtype=torch.int32) <= spare[:, None])
     return keep
 
 

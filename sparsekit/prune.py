@@ -19,6 +19,7 @@ from sparsekit.checkpoint.staging import StagedCheckpoint
 from sparsekit.contracts import AllocationContext, LinearInfo, Stat, Stats
 from sparsekit.errors import IndexMismatch, NonFinite, SparsekitError
 from sparsekit.lazy import torch
+from sparsekit.memory import release_freed
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.linears import Linear
 from sparsekit.models.raw import read_raw, to_raw, torch_dtype
@@ -119,6 +120,7 @@ def _prune_block(
         start = time.perf_counter()
         keep, facts = _prune_linear(linear, plan, budgets[linear.name], stats[linear.name])
         _note_mask(keeps, linear, keep, model.stack.prefix(visit.index))
+        release_freed()  # each linear leaves holes of its own size, and its copies are the peak of the run
         facts["seconds"] = round(time.perf_counter() - start, 4)
         linears[linear.name] = facts
     state = model.module.state_dict()
