@@ -334,8 +334,7 @@ def _agreement(
     missing = [
         name
         for name in pruned
-        if name not in stored
-        or (name in manifest.tensors and stored[name].entry.shape != manifest.tensors[name].shape)
+        if name not in stored or (name in manifest.tensors and stored[name].entry.shape != manifest.tensors[name].shape)
     ]
     lost = [
         Lost(name, kept, nonzero[name])

@@ -283,5 +283,3 @@ def _evaluate(prepared: Prepared, staged: StagedCheckpoint, reporter: Reporter) 
         reporter=reporter,
     )
     return evaluate(request)
-
-

@@ -88,9 +88,7 @@ class PackedFile:
         """
         stem = key.removesuffix(_WEIGHT)
         found = {
-            name[len(stem) :]: self._open().get_tensor(name)
-            for name in self.header.tensors
-            if self.is_part(name, stem)
+            name[len(stem) :]: self._open().get_tensor(name) for name in self.header.tensors if self.is_part(name, stem)
         }
         return read(self.facts[key], found, f"{self.path}: {key}")
 

@@ -12,7 +12,7 @@ from typing import Any
 from sparsekit.recipe.load import dump_yaml
 from sparsekit.report.scores import ScoreTable, score_table
 from sparsekit.report.summary import Summary, summarise
-from sparsekit.report.text import Scrubber, is_hub_id, number, percent
+from sparsekit.report.text import Scrubber, is_hub_id, is_packed, number, percent
 from sparsekit.units import bytes_text, seconds_text
 
 README = "README.md"
@@ -132,8 +132,7 @@ def _body(report: Mapping[str, Any], source: SourceCard) -> str:
         "## Blocks",
         _blocks(summary),
         "## How to load",
-        fenced(_LOAD, "python"),
-        "The folder is an ordinary Hugging Face checkpoint: pruned weights are stored as zeros in dense tensors.",
+        *_loading(report),
         "## Limits",
         _limits(report, summary),
         "## Recipe",
@@ -144,6 +143,19 @@ def _body(report: Mapping[str, Any], source: SourceCard) -> str:
         damaged = f" Its front matter is shown as text: {source.problem}." if source.problem else ""
         parts += ["---", f"*The card of the source model follows.{damaged}*", source.text.strip()]
     return "\n\n".join(parts) + "\n"
+
+
+def _loading(report: Mapping[str, Any]) -> list[str]:
+    if is_packed(report):
+        return [
+            fenced(f"import sparsekit  # lets transformers read packed weights\n{_LOAD}", "python"),
+            "Pruned weights are stored packed. Without sparsekit the folder does not load; `sparsekit convert` makes it "
+            "an ordinary checkpoint, bit for bit.",
+        ]
+    return [
+        fenced(_LOAD, "python"),
+        "The folder is an ordinary Hugging Face checkpoint: pruned weights are stored as zeros in dense tensors.",
+    ]
 
 
 _LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -228,9 +240,10 @@ def _blocks(summary: Summary) -> str:
 
 def _limits(report: Mapping[str, Any], summary: Summary) -> str:
     before, after = report["bytes"]["source"], report["bytes"]["output"]
+    files = f"Files are {bytes_text(after)} ({bytes_text(before)} before)"
+    dense = "zeros in dense tensors take as much room as other numbers, and plain transformers computes with them at "
     lines = [
-        f"Files are {bytes_text(after)} ({bytes_text(before)} before): zeros in dense tensors take as much room as other numbers, "
-        "and plain transformers computes with them at the same speed.",
+        f"{files}." if is_packed(report) else f"{files}: {dense}the same speed.",
         "Fine-tuning, or merging an adapter, fills zeros again unless the mask is kept; `sparsekit inspect` shows it.",
     ]
     if report["evaluation"]:

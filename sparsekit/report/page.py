@@ -12,7 +12,7 @@ from sparsekit.report import charts
 from sparsekit.report.card import hub_id, scrubber
 from sparsekit.report.scores import score_table
 from sparsekit.report.summary import Summary, one_line, summarise
-from sparsekit.report.text import TIMES, Scrubber, number, percent, short, to_float
+from sparsekit.report.text import TIMES, Scrubber, is_packed, number, percent, short, to_float
 from sparsekit.units import bytes_text, seconds_text
 
 TEMPLATE = "report.html.j2"
@@ -75,7 +75,8 @@ def _tiles(report: Mapping[str, Any], summary: Summary) -> list[tuple[str, str, 
         )
         if base is not None and pruned is not None and ratio is not None:
             tiles.append(("Perplexity", f"{TIMES} {short(ratio)}", f"{short(base)} before, {short(pruned)} after"))
-    tiles.append(("Files", bytes_text(after), f"{bytes_text(before)} before; zeros in dense tensors still take room"))
+    room = "" if is_packed(report) else "; zeros in dense tensors still take room"
+    tiles.append(("Files", bytes_text(after), f"{bytes_text(before)} before{room}"))
     memory = f"peak memory {bytes_text(report['peak_memory_bytes'])}"
     tiles.append(("Time", seconds_text(report["seconds"]), memory))
     return tiles

@@ -64,6 +64,11 @@ def percent(share: float) -> str:
     return f"{rounded:.1f} %"
 
 
+def is_packed(report: Mapping[str, Any]) -> bool:
+    """Whether the run that a report is about wrote packed weights."""
+    return bool(report["recipe"]["save"]["format"] != "dense")
+
+
 def is_hub_id(text: str) -> bool:
     """Tell whether `text` can be the id of a model on the Hub."""
     return _HUB_ID.fullmatch(text) is not None and ".." not in text and "--" not in text

@@ -53,7 +53,8 @@ class SparsekitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         pattern: Pattern of all packed tensors.
         dequantize: True: unpack while loading; the model is then an ordinary dense one, equal to the dense checkpoint
             bit by bit. False: layers multiply with packed weights. None: packed where this installation has kernels
-            and no device_map asks for something else; the environment variable SPARSEKIT_RUNTIME=dense|packed decides too.
+            and no device_map asks for something else; the environment variable SPARSEKIT_RUNTIME=dense|packed
+            decides too.
     """
 
     def __init__(

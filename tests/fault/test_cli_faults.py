@@ -172,9 +172,7 @@ def test_dtypes(dtype: str, code: int, llama: Path, tmp_path: Path) -> None:
         ("/dev/null", ["/dev/null"]),
     ],
 )
-def test_models_that_do_not_exist(
-    name: str, says: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_that_do_not_exist(name: str, says: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for arguments in (prune_arguments(name, "out"), ["eval", name], ["inspect", name]):
         check_refusal(invoke(*arguments), 3, *says)

@@ -150,9 +150,7 @@ def test_a_real_process_is_stopped(
     assert identity(out) == identity(reference[0])
 
 
-def test_two_runs_for_one_output(
-    model: Path, reference: tuple[Path, float], nursery: Nursery, tmp_path: Path
-) -> None:
+def test_two_runs_for_one_output(model: Path, reference: tuple[Path, float], nursery: Nursery, tmp_path: Path) -> None:
     """The second is told who writes there; the first does not notice."""
     out = tmp_path / "out"
     child = nursery.start(wanda(model, out))

@@ -264,3 +264,41 @@ def test_no_resume_starts_afresh(llama, tmp_path, monkeypatch):
     outcome = prune(llama, tmp_path / "out", sets=["stages.0.sparsity=0.6"], resume=False)
     assert outcome.report["stages"][0]["resumed_blocks"] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_packed_run_killed_in_the_middle_goes_on_bit_identically(family, tmp_path, monkeypatch):
+    from sparsekit.checkpoint.staging import StagedCheckpoint
+    from sparsekit.pack.files import PackedFile
+
+    source = tiny.save(family, tmp_path / "model", dtype=torch.bfloat16)
+    packed = ["save.format=auto"]
+    prune(source, tmp_path / "whole", sets=packed)
+    prune(source, tmp_path / "dense")
+    written = []
+    real = StagedCheckpoint.write_shard
+
+    def die_after_two(self, *args, **kwargs):
+        if len(written) == 2:
+            raise Killed
+        written.append(args[0])
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StagedCheckpoint, "write_shard", die_after_two)
+        with pytest.raises(Killed):
+            prune(source, tmp_path / "out", sets=packed)
+    resumed = prune(source, tmp_path / "out", sets=packed)
+    assert resumed.report["stages"][0]["resumed_blocks"] == 2
+    identities = [
+        json.loads((tmp_path / name / "sparsekit.json").read_text())["identity_sha256"] for name in ("whole", "out")
+    ]
+    assert identities[0] == identities[1]
+    dense = tensors(tmp_path / "dense")
+    for file in sorted((tmp_path / "out").glob("*.safetensors")):
+        opened = PackedFile(file)
+        for name in opened.names():
+            assert torch.equal(opened.dense(name), dense.pop(name)), name
+    assert not dense
+    assert "import sparsekit" in (tmp_path / "out/README.md").read_text()
+    assert "import sparsekit" not in (tmp_path / "dense/README.md").read_text()

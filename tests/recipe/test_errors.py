@@ -167,7 +167,9 @@ OTHER_ERRORS = {
     "calibration: {source: 3}": "5:23: calibration.source: must be text, got 3",
     "calibration: c4": "5:14: calibration: must be a mapping of keys to values, got 'c4'",
     "evaluate: {tasks: [1]}": "5:20: evaluate.tasks.0: must be text, got 1",
-    "save: {format: dens}": "5:16: save.format: must be one of auto, dense, bitmask, nm, block, got 'dens'; did you mean 'dense'?",
+    "save: {format: dens}": (
+        "5:16: save.format: must be one of auto, dense, bitmask, nm, block, got 'dens'; did you mean 'dense'?"
+    ),
     "gates: {max_kl: x}": "5:17: gates.max_kl: must be a number of at least 0 or null, got 'x'",
     "gates: {max_perplexity_ratio: 0}": "5:31: gates.max_perplexity_ratio: must be a number above 0 or null, got 0",
     "gates: {min_metrics: {acc: 1}}": "5:22: gates.min_metrics: key 'acc' must be task/metric, such as arc_easy/acc",
