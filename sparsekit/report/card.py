@@ -149,8 +149,8 @@ def _loading(report: Mapping[str, Any]) -> list[str]:
     if is_packed(report):
         return [
             fenced(f"import sparsekit  # lets transformers read packed weights\n{_LOAD}", "python"),
-            "Pruned weights are stored packed. Without sparsekit the folder does not load; `sparsekit convert` makes it "
-            "an ordinary checkpoint, bit for bit.",
+            "Pruned weights are stored packed. Without sparsekit the folder does not load; `sparsekit convert` makes "
+            "it an ordinary checkpoint, bit for bit.",
         ]
     return [
         fenced(_LOAD, "python"),
