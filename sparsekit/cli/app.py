@@ -220,6 +220,7 @@ def _prepare(*, quiet: bool, verbose: int) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("sparsekit").setLevel(level)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if verbose else "error")
+    logging.getLogger("transformers").setLevel(logging.WARNING if verbose else logging.ERROR)  # if loaded already
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
