@@ -42,6 +42,7 @@ _ALLOCATION = "DefaultCPUAllocator"  # torch has no exception of its own for mem
 COMMANDS = (
     ("prune", "sparsekit.cli.prune", "prune"),
     ("eval", "sparsekit.cli.eval", "evaluate"),
+    ("generate", "sparsekit.cli.generate", "generate"),
     ("inspect", "sparsekit.cli.inspect", "inspect"),
     ("verify", "sparsekit.cli.verify", "verify"),
     ("convert", "sparsekit.cli.convert", "convert"),

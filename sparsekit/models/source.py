@@ -137,13 +137,19 @@ class ModelSource:
         files["config.json"] = sha256_file(self.folder / "config.json").sha256
         return {"dtype": str(self.dtype).removeprefix("torch."), "files": dict(sorted(files.items()))}
 
-    def load(self) -> PreTrainedModel:
-        """Load the whole model for inference with plain `from_pretrained`."""
+    def load(self, *, packed: bool = False) -> PreTrainedModel:
+        """Load the whole model for inference with plain `from_pretrained`.
+
+        Args:
+            packed: Let layers multiply with packed weights where the checkpoint and this installation have what that
+                takes. Otherwise they are unpacked, bit for bit the dense model: what an evaluation measures is then
+                the pruning, not the kernels.
+        """
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-        if self.packed:  # bit for bit the dense model: what is measured is the pruning, not the kernels
+        if self.packed and not packed:
             self.config.quantization_config["dequantize"] = True
         model, report = AutoModelForCausalLM.from_pretrained(
             self.folder,
