@@ -30,7 +30,10 @@ _AVX512 = (
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 )
-_PLAIN = ("isa", "linear", "pack", "pack_bitmap", "pack_split", "pool", "torch_shim", "unpack", "kernels_portable")
+_PLAIN = (
+    *("isa", "linear", "linear_quantised", "pack", "pack_bitmap", "pack_quantised", "pack_split", "pool"),
+    *("torch_shim", "unpack", "kernels_portable", "quantised_portable"),
+)
 
 
 class BuildFailed(Exception):
@@ -55,6 +58,8 @@ def units(machine: str) -> list[Unit]:
         plain = [Unit(unit.source, baseline) for unit in plain]
         return [
             *plain,
+            Unit("quantised_avx2", ("-march=x86-64", *_AVX2)),
+            Unit("quantised_avx512", ("-march=x86-64", *_AVX512)),
             Unit("kernels_avx2", ("-march=x86-64", *_AVX2)),
             Unit("kernels_avx512", ("-march=x86-64", *_AVX512)),
             Unit("kernels_avx512", ("-march=x86-64", *_AVX512, "-mavx512bf16", "-DSK_WITH_BF16"), "_bf16"),

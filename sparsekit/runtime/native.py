@@ -28,23 +28,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LIBRARY = Path(__file__).parent / "_lib" / "libsparsekit_kernels.so"
-ABI_VERSION = 1
+ABI_VERSION = 2
 _HUGE = 2 << 20
 
 
 class DType(IntEnum):
-    """Value types, as the C interface numbers them."""
+    """Value types, as the C interface numbers them; I8 of the integers of INT8 and INT4 only."""
 
     BF16 = 0
     F16 = 1
     F32 = 2
+    I8 = 3
 
 
 class MemoryLayout(IntEnum):
-    """Layouts in memory. SPLIT holds bf16 only; both are exact."""
+    """Layouts in memory. SPLIT holds bf16 only; INT8 and INT4 hold integers with a scale for 64 columns of a row."""
 
     BITMAP = 1
     SPLIT = 2
+    INT8 = 3
+    INT4 = 4
 
 
 class _Bitmask(ctypes.Structure):
@@ -56,6 +59,8 @@ class _Bitmask(ctypes.Structure):
         ("cols", c_int64),
         ("nnz", c_int64),
         ("dtype", c_int32),
+        ("weight_dtype", c_int32),
+        ("scales", c_void_p),
     ]
 
 
@@ -86,7 +91,7 @@ class PackedInfo:
 
     Attributes:
         layout: Its layout in memory.
-        dtype: Dtype of the values.
+        dtype: Dtype of the weight, as `unpack` returns it.
         shape: (rows, cols) of the weight.
         nnz: Number of values.
         nbytes: Size of the buffer.
@@ -331,20 +336,72 @@ def pack(
         KernelError: A dtype or layout that does not exist.
         KernelsMissing: There are no kernels.
     """
-    lib = library()
+    source = _source(mask, values, shape, row_offsets, where)
+    source.dtype = source.weight_dtype = dtype_of(values.dtype)
+    return _pack(source, layout, where, threads)
+
+
+def pack_codes(
+    mask: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    shape: tuple[int, int],
+    layout: MemoryLayout,
+    dtype: torch.dtype,
+    *,
+    row_offsets: Tensor | None = None,
+    where: str = "weight",
+    threads: int | None = None,
+) -> Tensor:
+    """Pack one weight of small integers for the kernels; weight = integer x scale, in float32, rounded to `dtype`.
+
+    A product with few tokens quantises its input too, to 8 bits in groups of 64 columns: x is off by at most the
+    largest |x| of its group / 254. One with more tokens multiplies the rounded weights with x as it is.
+
+    Args:
+        mask: u8 [rows, ceil(cols / 8)], as `weight_bitmask` on disk.
+        codes: i8 [nnz] row-major; INT8 takes -127..127, INT4 -8..8.
+        scales: fp16 [rows, ceil(cols / 64)], finite and not negative.
+        shape: (rows, cols).
+        layout: INT8 or INT4.
+        dtype: Of the weight: bf16, fp16 or fp32.
+        row_offsets: i64 [rows], checked against the mask when given.
+        where: Name of the weight, for messages.
+        threads: Threads to pack with; default: torch's.
+
+    Returns:
+        One u8 tensor with everything in it.
+
+    Raises:
+        BadIndex: Mask, offsets, scales and integers disagree.
+        KernelError: A dtype or layout that does not exist, or an integer or scale out of range.
+        KernelsMissing: There are no kernels.
+    """
+    if codes.dtype != torch.int8 or scales.dtype != torch.float16:
+        raise KernelError(f"integers are {codes.dtype}, scales {scales.dtype}; needed int8, float16", where=where)
+    groups = (shape[1] + 63) // 64
+    if scales.shape != (shape[0], groups):
+        raise BadIndex(f"scales {list(scales.shape)}, needed {[shape[0], groups]}", where=where)
+    source = _source(mask, codes, shape, row_offsets, where)
+    held = scales.contiguous()
+    source.dtype, source.weight_dtype, source.scales = DType.I8, dtype_of(dtype), held.data_ptr()
+    return _pack(source, layout, where, threads)
+
+
+def _source(mask: Tensor, values: Tensor, shape: tuple[int, int], row_offsets: Tensor | None, where: str) -> _Bitmask:
+    """Return what both ways to pack have in common; it keeps its tensors alive."""
     rows, cols = shape
-    parts = [mask.contiguous(), values.contiguous(), *([] if row_offsets is None else [row_offsets.contiguous()])]
     if mask.numel() != rows * ((cols + 7) // 8) or (row_offsets is not None and row_offsets.numel() != rows):
         raise BadIndex(f"mask of {mask.numel()} bytes does not fit {rows} x {cols}", where=where)
-    source = _Bitmask(
-        parts[0].data_ptr(),
-        parts[1].data_ptr(),
-        parts[2].data_ptr() if row_offsets is not None else None,
-        rows,
-        cols,
-        values.numel(),
-        dtype_of(values.dtype),
-    )
+    held = [mask.contiguous(), values.contiguous(), None if row_offsets is None else row_offsets.contiguous()]
+    addresses = [None if part is None else part.data_ptr() for part in held]
+    source = _Bitmask(*addresses, rows, cols, values.numel())
+    source.held = held
+    return source
+
+
+def _pack(source: _Bitmask, layout: MemoryLayout, where: str, threads: int | None) -> Tensor:
+    lib = library()
     count = threads or torch.get_num_threads()
     plan = c_void_p()
     check(lib.sk_plan_create(layout, byref(source), count, byref(plan)), where)

@@ -13,6 +13,7 @@ from sparsekit.runtime import native
 from sparsekit.runtime.native import MemoryLayout
 
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
+EXACT = (MemoryLayout.BITMAP, MemoryLayout.SPLIT)  # hold values as they are
 
 
 def bitmask(keep: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,9 @@ def test_every_unit_has_a_source_and_only_the_kernels_get_an_instruction_set() -
             assert (build.SOURCES / f"{unit.source}.cpp").exists()
     flags = {unit.source + unit.suffix: unit.flags for unit in build.units("x86_64")}
     wide = {name for name, given in flags.items() if any("avx" in flag for flag in given)}
-    assert wide == {"kernels_avx2", "kernels_avx512", "kernels_avx512_bf16"}
+    assert wide == {f"{kind}_{isa}" for kind in ("kernels", "quantised") for isa in ("avx2", "avx512")} | {
+        "kernels_avx512_bf16"
+    }
     assert not any("native" in flag for given in flags.values() for flag in given)
     assert all(unit.flags == () for unit in build.units("aarch64"))
 

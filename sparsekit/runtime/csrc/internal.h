@@ -14,12 +14,13 @@ namespace sk {
 constexpr int64_t kBlockRows = 64;  // bitmap: rows of a block
 constexpr int64_t kPanelRows = 16;  // split: rows of a panel; also the height of every tile
 constexpr int64_t kMaxFused = 16;   // tokens of the kernels that multiply while they decode
+constexpr int64_t kGroupTiles = 16; // int8, int4: tiles that share the scales of their rows: 64 columns
 
 struct Header {  // at the start of a packed buffer, which is 8-byte aligned at least
   char magic[8];
   int32_t layout, dtype;
   int64_t rows, cols, nnz, bytes, patches;
-  int64_t masks_at, blocks_at, values_at, codes_at, patches_at;
+  int64_t masks_at, blocks_at, values_at, codes_at, patches_at;  // int8, int4: scales at codes_at
   int64_t reserved[4];
 };
 static_assert(sizeof(Header) == 128, "header");
@@ -50,6 +51,10 @@ struct View {  // a packed buffer, parsed
   const uint8_t* values;     // bitmap: values; split: low bytes
   const uint8_t* codes;      // split; every tile begins at a byte
   const Patch* patches;
+  // int8, int4: masks64 [panel][groups * 16]: bit j = row j / 4, column 4 t + (j & 3); offsets [panels + 1], in bytes;
+  // values: integers, or their codes with two a byte and every tile at a byte.
+  int64_t groups;          // of 64 columns; tiles behind the last column have empty masks
+  const uint16_t* scales;  // fp16 [panel][group][16]
 };
 
 struct Input {  // activations of one call, shared by all threads
@@ -58,9 +63,28 @@ struct Input {  // activations of one call, shared by all threads
   int64_t tokens;
 };
 
+struct Bytes {  // activations of one call, quantised: x = (byte - 128) * scale
+  const uint8_t* bytes;  // [groups * 16][tokens][4]; 128 behind the last column
+  const float* scales;   // [group][tokens]
+  int64_t tokens;
+};
+
 struct Cursor {  // how far a block has been decoded
   uint64_t value[4];
   uint64_t code[4];
+};
+
+// Work of one instruction set on int8 and int4.
+struct QuantisedKernels {
+  int64_t tokens;  // that `fused` handles; more are multiplied with decoded weights and exact activations
+  // Token `token` of `tokens`: x [cols] to its places in bytes and scales.
+  void (*quantise)(const void* x, int32_t dtype, int64_t cols, int64_t token, int64_t tokens, uint8_t* bytes,
+                   float* scales);
+  // out [tokens][ld] = the product for panel p.
+  void (*fused)(const View& w, const Bytes& x, int64_t p, float* out, int64_t ld);
+  // As Kernels::decode; `begin` is the first tile of a group, the weights are those of sk_unpack.
+  void (*decode)(const View& w, int64_t g, Cursor& at, int64_t begin, int64_t end, bool pairs, void* panels,
+                 int64_t panel_stride);
 };
 
 // Work of one instruction set. `pairs` selects bf16 pair arithmetic (vdpbf16ps) against fp32 arithmetic.
@@ -83,12 +107,15 @@ struct Kernels {
   // y[i] = sums[i] + bias[i], rounded to dtype; bias of the same dtype, or null.
   void (*store)(const float* sums, const void* bias, int64_t count, int32_t dtype, void* y);
   uint64_t (*read)(const uint8_t* data, int64_t bytes);
+  const QuantisedKernels* quantised;
 };
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
+extern const QuantisedKernels kQuantisedAvx2, kQuantisedAvx512;
 #endif
+extern const QuantisedKernels kQuantisedPortable;
 
 const Kernels& kernels();  // the chosen table
 int parse(const void* packed, int64_t bytes, View* view);
@@ -99,6 +126,7 @@ namespace {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t element_size(int32_t dtype) { return dtype == SK_F32 ? 4 : 2; }
+inline bool is_quantised(int32_t layout) { return layout == SK_INT8 || layout == SK_INT4; }
 
 template <class T>
 inline T load(const void* p) {  // unaligned load

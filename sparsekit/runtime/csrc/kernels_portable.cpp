@@ -4,5 +4,5 @@
 namespace sk {
 extern const Kernels kPortable;
 const Kernels kPortable = {"portable",    false,         never_fusable, nullptr,      generic_decode,
-                           generic_micro, generic_dense, generic_store, generic_read};
+                           generic_micro, generic_dense, generic_store, generic_read, &kQuantisedPortable};
 }  // namespace sk

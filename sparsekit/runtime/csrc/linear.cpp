@@ -2,9 +2,7 @@
 //
 // Few tokens: `fused` kernels multiply while they decode, so the weight is read once and never written. More tokens:
 // 64 rows are decoded into a scratch that stays in the second-level cache and a plain micro-kernel runs over it.
-#include <stdlib.h>
-
-#include "parallel.h"
+#include "linear.h"
 
 namespace sk {
 namespace {
@@ -13,24 +11,6 @@ constexpr int64_t kTokenTile = 12;    // tokens of one micro-kernel call
 constexpr int64_t kTokenChunk = 512;  // tokens per pass over the weight; bounds the accumulators of a thread
 constexpr int64_t kScratch = 256 << 10;
 
-// Memory that a thread keeps between calls.
-class Scratch {
- public:
-  ~Scratch() { free(data_); }
-  void* need(int64_t bytes) {
-    if (bytes > size_) {
-      free(data_);
-      size_ = round_up(bytes, 4096);
-      data_ = aligned_alloc(64, size_t(size_));
-      if (!data_) size_ = 0;
-    }
-    return data_;
-  }
-
- private:
-  void* data_ = nullptr;
-  int64_t size_ = 0;
-};
 thread_local Scratch activations, decoded;
 
 // x [tokens, cols] to [steps][tile tokens], tiles of at most `tile` tokens one after the other.
@@ -116,12 +96,6 @@ void write_patches(const View& w, int64_t p, int64_t begin, int64_t end, bool pa
   }
 }
 
-void store(const Kernels& k, const sk_call& call, int64_t token, int64_t row, int64_t count, const float* sums) {
-  const int64_t size = element_size(call.y_dtype);
-  const char* bias = call.bias ? static_cast<const char*>(call.bias) + row * size : nullptr;
-  k.store(sums, bias, count, call.y_dtype, static_cast<char*>(call.y) + (token * call.y_stride + row) * size);
-}
-
 int fused(const Kernels& k, const sk_call& call, const View& w, bool pairs) {
   Prepared x;
   if (!prepare(call, w.cols, 0, call.tokens, call.tokens, pairs, x)) return SK_NO_MEMORY;
@@ -158,8 +132,8 @@ void multiply_group(const Group& g, int64_t group) {
   for (int64_t begin = 0; begin < g.w.tiles; begin += chunk_tiles) {
     const int64_t end = begin + chunk_tiles < g.w.tiles ? begin + chunk_tiles : g.w.tiles;
     const int64_t c0 = begin * tile_columns, c1 = end * tile_columns;
-    g.k.decode(g.w, group, at, begin, end, g.x.pairs, g.panels, panel_bytes);
-    for (int64_t q = 0; !bitmap && q < 4 && group * 4 + q < ceil_div(g.w.rows, kPanelRows); ++q)
+    (is_quantised(g.w.layout) ? g.k.quantised->decode : g.k.decode)(g.w, group, at, begin, end, g.x.pairs, g.panels, panel_bytes);
+    for (int64_t q = 0; g.w.layout == SK_SPLIT && q < 4 && group * 4 + q < ceil_div(g.w.rows, kPanelRows); ++q)
       write_patches(g.w, group * 4 + q, c0, c1, g.x.pairs, g.panels + q * panel_bytes);
     const int64_t step0 = g.x.pairs ? c0 / 2 : c0, steps = (g.x.pairs ? c1 / 2 : c1) - step0;
     const char* input = g.x.pairs ? reinterpret_cast<const char*>(g.x.input.pairs)
@@ -221,6 +195,10 @@ int sk_linear(const sk_call* call) {
   if (call->tokens == 0 || w.rows == 0) return SK_OK;
   const sk::Kernels& k = sk::kernels();
   const bool pairs = k.pairs && w.dtype == SK_BF16 && call->x_dtype == SK_BF16;
+  if (sk::is_quantised(w.layout)) {
+    if (call->tokens <= k.quantised->tokens) return sk::linear_quantised(k, *call, w);
+    return sk::blocked(k, *call, w, pairs);
+  }
   if (call->tokens <= k.fusable(w, pairs)) return sk::fused(k, *call, w, pairs);
   return sk::blocked(k, *call, w, pairs);
 }

@@ -68,12 +68,14 @@ int create(int layout, const sk_bitmask& s, int threads, sk_plan& plan) {
   memset(&h, 0, sizeof h);
   memcpy(h.magic, "SKPACK01", 8);
   h.layout = layout;
-  h.dtype = s.dtype;
+  h.dtype = s.dtype == SK_I8 ? s.weight_dtype : s.dtype;
   h.rows = s.rows;
   h.cols = s.cols;
   h.nnz = s.nnz;
   if (layout == SK_BITMAP) {
     layout_bitmap(plan);
+  } else if (is_quantised(layout)) {
+    if (!plan_quantised(plan, threads)) return SK_BAD_ARGUMENT;
   } else {
     plan_split(plan, threads);
     layout_split(plan);
@@ -85,7 +87,9 @@ bool sound(const sk_bitmask& s) {
   constexpr int64_t most = int64_t(1) << 31;
   if (s.rows < 0 || s.cols < 0 || s.nnz < 0 || s.rows >= most || s.cols >= most) return false;
   if (s.rows && s.cols > (int64_t(1) << 40) / s.rows) return false;
-  if (s.dtype < SK_BF16 || s.dtype > SK_F32) return false;
+  if (s.dtype < SK_BF16 || s.dtype > SK_I8) return false;
+  if (s.dtype == SK_I8 && (s.weight_dtype < SK_BF16 || s.weight_dtype > SK_F32)) return false;
+  if (s.dtype == SK_I8 && !s.scales && s.rows && s.cols) return false;
   return (s.mask || s.rows == 0 || s.cols == 0) && (s.values || s.nnz == 0);
 }
 
@@ -114,6 +118,12 @@ int parse(const void* packed, int64_t bytes, View* view) {
     v.masks64 = reinterpret_cast<const uint64_t*>(base + h.masks_at);
     v.codes = base + h.codes_at;
     v.patches = reinterpret_cast<const Patch*>(base + h.patches_at);
+  } else if (is_quantised(h.layout)) {
+    v.tiles = ceil_div(h.cols, 4);
+    v.groups = ceil_div(v.tiles, kGroupTiles);
+    v.offsets = reinterpret_cast<const uint64_t*>(base + h.blocks_at);
+    v.masks64 = reinterpret_cast<const uint64_t*>(base + h.masks_at);
+    v.scales = reinterpret_cast<const uint16_t*>(base + h.codes_at);
   } else {
     return SK_BAD_PACKED;
   }
@@ -125,7 +135,8 @@ int parse(const void* packed, int64_t bytes, View* view) {
 extern "C" {
 int sk_plan_create(int layout, const sk_bitmask* source, int threads, sk_plan** plan) {
   if (!source || !plan || !sk::sound(*source)) return SK_BAD_ARGUMENT;
-  if (layout != SK_BITMAP && layout != SK_SPLIT) return SK_BAD_ARGUMENT;
+  if (layout != SK_BITMAP && layout != SK_SPLIT && !sk::is_quantised(layout)) return SK_BAD_ARGUMENT;
+  if (sk::is_quantised(layout) != (source->dtype == SK_I8)) return SK_UNSUPPORTED;
   if (layout == SK_SPLIT && source->dtype != SK_BF16) return SK_UNSUPPORTED;
   *plan = nullptr;
   sk_plan* made = new (std::nothrow) sk_plan;
@@ -153,6 +164,8 @@ int sk_plan_pack(const sk_plan* plan, void* out, int64_t out_bytes, int threads)
   memcpy(base, &plan->header, sizeof plan->header);
   if (plan->header.layout == SK_BITMAP)
     sk::pack_bitmap(*plan, base, threads);
+  else if (sk::is_quantised(plan->header.layout))
+    sk::pack_quantised(*plan, base, threads);
   else
     sk::pack_split(*plan, base, threads);
   return SK_OK;

@@ -8,7 +8,7 @@ struct sk_plan {
   sk_bitmask source;
   sk::Header header;
   std::vector<int64_t> row_start;        // [rows + 1] index of each row's first value
-  std::vector<uint64_t> block_start;     // bitmap [blocks + 1]
+  std::vector<uint64_t> block_start;     // bitmap [blocks + 1]; int8, int4 [panels + 1]
   std::vector<sk::Panel> panels;         // split [panels + 1]
   std::vector<std::vector<sk::Patch>> patches;  // split [panels]
 };
@@ -17,6 +17,8 @@ namespace sk {
 void pack_bitmap(const sk_plan& plan, uint8_t* out, int threads);
 void plan_split(sk_plan& plan, int threads);  // may throw std::bad_alloc
 void pack_split(const sk_plan& plan, uint8_t* out, int threads);
+bool plan_quantised(sk_plan& plan, int threads);  // false: a code or scale out of range
+void pack_quantised(const sk_plan& plan, uint8_t* out, int threads);
 
 namespace {
 

@@ -16,27 +16,30 @@
 extern "C" {
 #endif
 
-#define SK_ABI_VERSION 1
+#define SK_ABI_VERSION 2
 #define SK_TAIL 64 /* zero bytes behind every stream of a packed buffer; kernels may read them */
 
 enum sk_status {
   SK_OK = 0,
-  SK_BAD_ARGUMENT = 1, /* a null pointer, a negative size, an unknown enum value */
+  SK_BAD_ARGUMENT = 1, /* a null pointer, a negative size, an unknown enum value, a code or scale out of range */
   SK_BAD_MASK = 2,     /* bitmask, row offsets and value count disagree, or a padding bit is set */
   SK_BAD_PACKED = 3,   /* a buffer that sk_plan_pack did not write, or of another size */
   SK_NO_MEMORY = 4,
   SK_UNSUPPORTED = 5,  /* this processor cannot run the instruction set, or the layout cannot hold the values */
 };
-enum sk_dtype { SK_BF16 = 0, SK_F16 = 1, SK_F32 = 2 };
-enum sk_layout { SK_BITMAP = 1, SK_SPLIT = 2 };
+enum sk_dtype { SK_BF16 = 0, SK_F16 = 1, SK_F32 = 2, SK_I8 = 3 /* of source values only */ };
+enum sk_layout { SK_BITMAP = 1, SK_SPLIT = 2, SK_INT8 = 3, SK_INT4 = 4 };
 
-/* One tensor as it lies on disk (layout bitmask, raw values). */
+/* One tensor as it lies on disk: a bitmask and raw values, or integers with one scale for every 64 columns of a row.
+   SK_INT8 takes integers -127..127, SK_INT4 -8..8; weight = integer x scale, in fp32, rounded to weight_dtype. */
 typedef struct sk_bitmask {
   const uint8_t* mask;        /* [rows, ceil(cols / 8)], bit i of byte j = column 8 j + i */
   const void* values;         /* [nnz] row-major, of `dtype`; any alignment */
   const int64_t* row_offsets; /* [rows], exclusive prefix sums; may be null, then they are derived */
   int64_t rows, cols, nnz;
   int32_t dtype;
+  int32_t weight_dtype;       /* what sk_unpack returns if dtype is SK_I8; ignored otherwise, where it is `dtype` */
+  const uint16_t* scales;     /* fp16 [rows, ceil(cols / 64)], finite, sign bit clear; null unless dtype is SK_I8 */
 } sk_bitmask;
 
 /* What a packed buffer holds. */

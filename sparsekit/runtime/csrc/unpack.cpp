@@ -1,5 +1,6 @@
 // The packed buffer back to a dense matrix, bit for bit: the proof that packing loses nothing.
 #include "parallel.h"
+#include "quantised.h"
 
 namespace sk {
 namespace {
@@ -41,6 +42,21 @@ void unpack_panel(const View& w, int64_t p, uint8_t* dense) {
     put(w.patches[i].row, w.patches[i].column, w.patches[i].value);
 }
 
+void unpack_quantised(const View& w, int64_t p, uint8_t* dense) {
+  const uint8_t* at = w.values + w.offsets[p];
+  const uint64_t* masks = w.masks64 + p * w.groups * kGroupTiles;
+  for (int64_t t = 0; t < w.tiles; ++t) {
+    const uint16_t* scales = w.scales + (p * w.groups + t / kGroupTiles) * kPanelRows;
+    int8_t tile[64];
+    integers_of_tile(w.layout, masks[t], at, tile);
+    for (uint64_t rest = masks[t]; rest; rest &= rest - 1) {
+      const int j = __builtin_ctzll(rest);
+      const int64_t row = p * kPanelRows + j / 4, column = 4 * t + j % 4;
+      from_float(float(tile[j]) * f16_to_float(scales[j / 4]), dense, w.dtype, row * w.cols + column);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace sk
 
@@ -57,7 +73,9 @@ extern "C" int sk_unpack(const void* packed, int64_t bytes, void* dense, int thr
     for (int64_t b = begin; b < end; ++b) {
       const int64_t last = (b + 1) * height < w.rows ? (b + 1) * height : w.rows;
       if (row_bytes) memset(out + b * height * row_bytes, 0, size_t((last - b * height) * row_bytes));
-      if (!bitmap)
+      if (sk::is_quantised(w.layout))
+        sk::unpack_quantised(w, b, out);
+      else if (!bitmap)
         sk::unpack_panel(w, b, out);
       else if (sk::element_size(w.dtype) == 2)
         sk::unpack_block<uint16_t>(w, b, out);

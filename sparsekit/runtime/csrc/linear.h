@@ -1,0 +1,40 @@
+// What the ways to multiply share.
+#pragma once
+#include <stdlib.h>
+
+#include "parallel.h"
+
+namespace sk {
+
+// Few tokens with int8 or int4: multiplies integers while it decodes.
+int linear_quantised(const Kernels& k, const sk_call& call, const View& w);
+
+namespace {
+
+// Memory that a thread keeps between calls.
+class Scratch {
+ public:
+  ~Scratch() { free(data_); }
+  void* need(int64_t bytes) {
+    if (bytes > size_) {
+      free(data_);
+      size_ = round_up(bytes, 4096);
+      data_ = aligned_alloc(64, size_t(size_));
+      if (!data_) size_ = 0;
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+inline void store(const Kernels& k, const sk_call& call, int64_t token, int64_t row, int64_t count, const float* sums) {
+  const int64_t size = element_size(call.y_dtype);
+  const char* bias = call.bias ? static_cast<const char*>(call.bias) + row * size : nullptr;
+  k.store(sums, bias, count, call.y_dtype, static_cast<char*>(call.y) + (token * call.y_stride + row) * size);
+}
+
+}  // namespace
+}  // namespace sk
