@@ -1,9 +1,9 @@
 """llama.cpp's matrix-vector products through ggml's C interface, to be timed beside others in this process.
 
-`Ggml(folder)` loads libggml-base and libggml-cpu of any build, for example `site-packages/llama_cpp/lib` of PyPI's
-`llama-cpp-python`. Weights lie as llama.cpp's loader puts them: repacked for the processor where its CPU backend
-offers that for the type (`plain=True` leaves them as in the file). Every product is a graph of one node, planned
-once, on a thread pool that is kept.
+`load(folder, threads)` loads libggml-base and libggml-cpu of any build, for example `site-packages/llama_cpp/lib` of
+PyPI's `llama-cpp-python`. Weights lie as llama.cpp's loader puts them: repacked for the processor where its CPU backend
+offers that for the type (`plain=True` leaves them as in the file). Every product is a graph of one node, planned once,
+on a thread pool that is kept.
 
 torch, our kernels and a ggml built with OpenMP (its default) run on the threads of one OpenMP runtime, so a worker that
 still spins after one contender's product is the worker of the next: they do not disturb one another. Two runtimes in
@@ -13,6 +13,8 @@ one process would; that is refused.
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Sequence
 from ctypes import POINTER, byref, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from enum import IntEnum
 from pathlib import Path
@@ -171,6 +173,12 @@ class Ggml:
         return int(self.base.ggml_backend_reg_dev_get(self.cpu.ggml_backend_cpu_reg(), 0))
 
 
+@functools.cache
+def load(folder: Path, threads: int) -> Ggml:
+    """Return the library, loaded once for each number of threads."""
+    return Ggml(folder, threads)
+
+
 class Product:
     """y = W x, batch 1, with some copies of one W.
 
@@ -260,7 +268,9 @@ class Product:
         self.ggml.base.ggml_free(self.context)
 
 
-def products(ggml: Ggml, weight: torch.Tensor, x: torch.Tensor, total: int, kinds: list[Type]) -> dict[str, Product]:
+def products(
+    ggml: Ggml, weight: torch.Tensor, x: torch.Tensor, total: int, kinds: Sequence[Type] = tuple(TOLERANCE)
+) -> dict[str, Product]:
     """Return checked products of a dense weight in several types, each in every layout the library has for it.
 
     Args:
