@@ -42,12 +42,19 @@ class DType(IntEnum):
 
 
 class MemoryLayout(IntEnum):
-    """Layouts in memory. SPLIT holds bf16 only; INT8 and INT4 hold integers with a scale for 64 columns of a row."""
+    """Layouts in memory.
+
+    BITMAP and SPLIT (bf16 only) hold any mask and lose no bit; INT8 and INT4 hold integers with a scale for 64 columns
+    of a row. CHUNK holds 4:64, 8:64 and 16:64 in bf16, BLOCK whole blocks of RxC with 16 dividing R and 4 dividing C;
+    these two lose no bit either, and pass over what is missing, so an infinity there does not become a NaN.
+    """
 
     BITMAP = 1
     SPLIT = 2
     INT8 = 3
     INT4 = 4
+    CHUNK = 5
+    BLOCK = 6
 
 
 class _Bitmask(ctypes.Structure):
@@ -269,7 +276,11 @@ def check(status: int, what: str) -> None:
     if status == 0:
         return
     if status == 2:
-        raise BadIndex("bitmask, row offsets and number of values disagree, or a padding bit is set", where=what)
+        raise BadIndex(
+            "bitmask, row offsets and number of values disagree, a padding bit is set, or the mask lacks the structure "
+            "of the layout",
+            where=what,
+        )
     if status == 4:
         raise MemoryError(f"{what}: no memory for the kernels")
     raise KernelError(f"the kernels refused the call: {_STATUS.get(status, status)}", where=what)
@@ -321,7 +332,7 @@ def pack(
 
     Args:
         mask: u8 [rows, ceil(cols / 8)], as `weight_bitmask` on disk.
-        values: [nnz] row-major, bf16, fp16 or fp32 (SPLIT: bf16).
+        values: [nnz] row-major, bf16, fp16 or fp32 (SPLIT, CHUNK: bf16).
         shape: (rows, cols).
         layout: Layout in memory.
         row_offsets: i64 [rows], checked against the mask when given.
@@ -332,7 +343,7 @@ def pack(
         One u8 tensor with everything in it.
 
     Raises:
-        BadIndex: Mask, offsets and values disagree.
+        BadIndex: Mask, offsets and values disagree, or the mask lacks the structure of CHUNK or BLOCK.
         KernelError: A dtype or layout that does not exist.
         KernelsMissing: There are no kernels.
     """

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from sparsekit.pattern import NM, Block, parse_pattern
 from sparsekit.runtime import native
 from sparsekit.runtime.native import MemoryLayout
 
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
-EXACT = (MemoryLayout.BITMAP, MemoryLayout.SPLIT)  # hold values as they are
+EXACT = (MemoryLayout.BITMAP, MemoryLayout.SPLIT)  # hold any mask, and values as they are
 
 
 def bitmask(keep: torch.Tensor) -> torch.Tensor:
@@ -49,6 +50,21 @@ def case(rows: int, cols: int, density: float, dtype: torch.dtype, *, wild: floa
     keep = torch.zeros(rows, cols, dtype=torch.bool).scatter_(1, order[:, :count], True)
     keep[3::7] = False
     keep[5::7] = True
+    return Case(torch.where(keep, weight, torch.zeros((), dtype=dtype)), keep)
+
+
+def structured(rows: int, cols: int, pattern: str, density: float, dtype: torch.dtype) -> Case:
+    """A random weight of a pattern `N:64` or `RxC`; blocks are kept with probability `density`."""
+    generator = torch.Generator().manual_seed(zlib.crc32(repr((rows, cols, pattern, density, str(dtype))).encode()))
+    parsed = parse_pattern(pattern)
+    if isinstance(parsed, NM):
+        order = torch.rand(rows, cols // parsed.of, parsed.of, generator=generator).argsort(-1)
+        keep = (order < parsed.keep).reshape(rows, cols)
+    else:
+        assert isinstance(parsed, Block)
+        grid = torch.rand(rows // parsed.rows, cols // parsed.cols, generator=generator) < density
+        keep = grid.repeat_interleave(parsed.rows, 0).repeat_interleave(parsed.cols, 1)
+    weight = (torch.randn(rows, cols, generator=generator) * 0.02).to(dtype)
     return Case(torch.where(keep, weight, torch.zeros((), dtype=dtype)), keep)
 
 

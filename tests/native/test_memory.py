@@ -12,7 +12,7 @@ import torch
 
 from sparsekit.runtime import native
 from sparsekit.runtime.native import DType, MemoryLayout
-from tests.native.cases import ISAS, bitmask, case, largest_error
+from tests.native.cases import ISAS, Case, bitmask, case, largest_error, structured
 
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,8 +53,8 @@ def test_a_guard_page_kills() -> None:
     assert done.returncode < 0
 
 
-def guarded_product(rows: int, cols: int, tokens: int, dtype: torch.dtype, layout: MemoryLayout, at_end: bool) -> None:
-    made = case(rows, cols, 0.5, dtype, wild=0.01)
+def guarded_product(made: Case, tokens: int, layout: MemoryLayout, at_end: bool) -> None:
+    (rows, cols), dtype = made.shape, made.weight.dtype
     lib = native.library()
     mask = Guarded.of(bitmask(made.keep), at_end=at_end)
     values = Guarded.of(made.weight[made.keep].view(torch.uint8), at_end=at_end)  # odd addresses at the end
@@ -102,4 +102,20 @@ def test_guard_pages(isa: str) -> None:
                 ((torch.float16, torch.float32)[number % 2], MemoryLayout.BITMAP),
             ]:
                 for tokens in (1, 2 + number, 19):
-                    guarded_product(rows, cols, tokens, dtype, layout, at_end)
+                    guarded_product(case(rows, cols, 0.5, dtype, wild=0.01), tokens, layout, at_end)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_guard_pages_of_structured_layouts(isa: str) -> None:
+    if isa not in native.isas():
+        pytest.skip(f"{isa} does not run here")
+    native.use_isa(isa)
+    forms = [("4:64", torch.bfloat16), ("8:64", torch.bfloat16), ("16:64", torch.bfloat16)]
+    forms += [("16x4", dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    for pattern, dtype in forms:
+        for rows, cols in [(16, 64), (48, 128)] + ([(1, 64), (19, 192)] if ":" in pattern else [(16, 4), (32, 20)]):
+            made = structured(rows, cols, pattern, 0.5, dtype)
+            for at_end in (True, False):
+                for tokens in (1, 3, 19):
+                    layout = MemoryLayout.CHUNK if ":" in pattern else MemoryLayout.BLOCK
+                    guarded_product(made, tokens, layout, at_end)

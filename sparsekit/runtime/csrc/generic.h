@@ -1,7 +1,8 @@
 // Kernels in plain C++, shared by every instruction set for what it has no special code for. Internal linkage on
 // purpose: each file that includes this compiles it for its own target and lets the compiler vectorise.
 #pragma once
-#include "internal.h"
+#include "block.h"
+#include "chunk.h"
 
 namespace sk {
 namespace {
@@ -60,7 +61,10 @@ void generic_decode(const View& w, int64_t g, Cursor& at, int64_t begin, int64_t
   for (int q = 0; q < 4; ++q) memset(out + q * stride, 0, size_t(columns * (pairs ? 32 : 64)));
   if (w.layout == SK_BITMAP) return generic_decode_bitmap(w, g, at, begin, end, pairs, out, stride);
   for (int q = 0; q < 4 && 4 * g + q < ceil_div(w.rows, kPanelRows); ++q)
-    generic_decode_split(w, 4 * g + q, q, at, begin, end, pairs, out + q * stride);
+    if (w.layout == SK_CHUNK)
+      generic_decode_chunk(w, 4 * g + q, 4 * begin, 4 * end, pairs, out + q * stride);
+    else
+      generic_decode_split(w, 4 * g + q, q, at, begin, end, pairs, out + q * stride);
 }
 
 template <int T>
@@ -125,7 +129,6 @@ uint64_t generic_read(const uint8_t* data, int64_t bytes) {
   return sum;
 }
 
-int never_fusable(const View&, bool) { return 0; }
 
 #pragma GCC diagnostic pop
 

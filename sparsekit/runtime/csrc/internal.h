@@ -13,15 +13,19 @@ namespace sk {
 
 constexpr int64_t kBlockRows = 64;  // bitmap: rows of a block
 constexpr int64_t kPanelRows = 16;  // split: rows of a panel; also the height of every tile
+constexpr int64_t kChunk = 64;      // chunk: columns of which each row keeps n
+constexpr int64_t kTileColumns = 4;  // block: columns of a tile
 constexpr int64_t kMaxFused = 16;   // tokens of the kernels that multiply while they decode
 constexpr int64_t kGroupTiles = 16; // int8, int4: tiles that share the scales of their rows: 64 columns
+constexpr int64_t kAnyTokens = INT64_MAX;  // of `fusable`: decoding first is never faster
 
 struct Header {  // at the start of a packed buffer, which is 8-byte aligned at least
   char magic[8];
   int32_t layout, dtype;
   int64_t rows, cols, nnz, bytes, patches;
   int64_t masks_at, blocks_at, values_at, codes_at, patches_at;  // int8, int4: scales at codes_at
-  int64_t reserved[4];
+  int64_t kept;  // chunk: n
+  int64_t reserved[3];
 };
 static_assert(sizeof(Header) == 128, "header");
 
@@ -43,13 +47,16 @@ struct Patch {  // split: a value whose high byte is not in its panel's dictiona
 struct View {  // a packed buffer, parsed
   int32_t layout, dtype;
   int64_t rows, cols, nnz;
-  int64_t tiles;             // bitmap: column pairs (even number); split: groups of four columns
+  int64_t tiles;             // bitmap: column pairs (even number); split, chunk, block: groups of four columns
+  int64_t kept;              // chunk: values of a row in 64 columns
   const uint32_t* masks32;   // bitmap [block][pair][4]: bit j of mask q = row 16 q + j / 2, column 2 c + (j & 1)
-  const uint64_t* offsets;   // bitmap [blocks + 1], in values
+  const uint64_t* offsets;   // bitmap [blocks + 1], in values; block [panels + 1], in tiles
   const uint64_t* masks64;   // split [panel][tile]: bit 16 L + 8 h + 2 q + e = row 4 L + q, column 4 c + 2 h + e
   const Panel* panels;
-  const uint8_t* values;     // bitmap: values; split: low bytes
-  const uint8_t* codes;      // split; every tile begins at a byte
+  const uint32_t* columns;   // block: first column of each kept tile, ascending in a panel
+  const uint8_t* values;     // bitmap: values; split: low bytes; chunk [panel][64 columns][16][n];
+                             // block: tiles as panels hold them, bf16 [pair][16][2], others [column][16]
+  const uint8_t* codes;      // split: codes, every tile begins at a byte; chunk: columns 0..63, as the values lie
   const Patch* patches;
   // int8, int4: masks64 [panel][groups * 16]: bit j = row j / 4, column 4 t + (j & 3); offsets [panels + 1], in bytes;
   // values: integers, or their codes with two a byte and every tile at a byte.
@@ -60,7 +67,7 @@ struct View {  // a packed buffer, parsed
 struct Input {  // activations of one call, shared by all threads
   const uint32_t* pairs;  // bf16 pairs [column pair][tokens], or null
   const float* floats;    // [column][tokens], or null; both are zero behind the last column
-  int64_t tokens;
+  int64_t tokens;         // chunk: [tokens][column pair] and [tokens][column] instead
 };
 
 struct Bytes {  // activations of one call, quantised: x = (byte - 128) * scale
@@ -91,9 +98,9 @@ struct QuantisedKernels {
 struct Kernels {
   const char* name;
   bool pairs;
-  // Tokens that `fused` handles for this weight, largest first choice; 0 = none.
-  int (*fusable)(const View& w, bool pairs);
-  // out [tokens][ld] = the product for block `b` (64 rows of bitmap, 16 of split), without patches.
+  // Up to how many tokens `fused` is the faster way for this weight; 0 = never. One call takes kMaxFused at most.
+  int64_t (*fusable)(const View& w, bool pairs);
+  // out [tokens][ld] = the product for block `b` (64 rows of bitmap, 16 of the others), without patches.
   void (*fused)(const View& w, const Input& x, int64_t b, bool pairs, float* out, int64_t ld);
   // Decode tiles [begin, end) of 64-row group g into 4 panels: bf16 [pair][16][2] or float [column][16].
   void (*decode)(const View& w, int64_t g, Cursor& at, int64_t begin, int64_t end, bool pairs, void* panels,
@@ -120,6 +127,8 @@ extern const QuantisedKernels kQuantisedPortable;
 const Kernels& kernels();  // the chosen table
 int parse(const void* packed, int64_t bytes, View* view);
 void run(int threads, sk_body body, void* argument);
+void unpack_chunk(const View& w, int64_t panel, uint8_t* dense);  // into rows that are zero
+void unpack_tiles(const View& w, int64_t panel, uint8_t* dense);
 
 namespace {
 

@@ -152,9 +152,15 @@ void split(const View& w, const Input& x, int64_t p, float* out) {
     _mm_storeu_ps(out + 4 * L, _mm_add_ps(_mm256_castps256_ps128(sums[L]), _mm256_extractf128_ps(sums[L], 1)));
 }
 
-int fusable(const View& w, bool) { return w.dtype == SK_BF16 ? 1 : 0; }
+int64_t fusable(const View& w, bool) {
+  if (w.layout == SK_BLOCK) return kAnyTokens;
+  if (w.layout == SK_CHUNK) return 4;
+  return w.dtype == SK_BF16 ? 1 : 0;
+}
 
-void fused(const View& w, const Input& x, int64_t b, bool, float* out, int64_t) {
+void fused(const View& w, const Input& x, int64_t b, bool, float* out, int64_t ld) {
+  if (w.layout == SK_BLOCK) return generic_block(w, x, b, out, ld);
+  if (w.layout == SK_CHUNK) return generic_chunk(w, x, b, out, ld);
   if (w.layout == SK_BITMAP) return bitmap_bf16(w, x, b, out);
   const uint32_t width = w.panels[b].width;
   return width == 3 ? split<3>(w, x, b, out) : width == 4 ? split<4>(w, x, b, out) : split<8>(w, x, b, out);
@@ -189,7 +195,7 @@ void decode(const View& w, int64_t g, Cursor& at, int64_t begin, int64_t end, bo
     }
     return;
   }
-  if (w.dtype != SK_BF16) return generic_decode(w, g, at, begin, end, pairs, panels, stride);
+  if (w.dtype != SK_BF16 || w.layout == SK_CHUNK) return generic_decode(w, g, at, begin, end, pairs, panels, stride);
   const uint32_t* masks = w.masks32 + (g * w.tiles + begin) * 4;
   const uint8_t* base = w.values + w.offsets[g] * 2;
   for (int64_t c = 0; c < end - begin; ++c, masks += 4)

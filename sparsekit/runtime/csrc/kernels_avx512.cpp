@@ -58,6 +58,14 @@ inline __m512 odd(__m512i pairs) {
 #endif
 constexpr int kAhead = SK_AHEAD;  // bytes; masks and codes, which are consumed more slowly, half of it
 
+}  // namespace
+}  // namespace sk
+
+#include "chunk_avx512.h"  // needs what is above
+
+namespace sk {
+namespace {
+
 // --- bitmap, 16-bit values ---------------------------------------------------------------------------------
 // Multiplies one 16 x 2 tile for T tokens. Float: fp32 arithmetic, x [column][T]; otherwise bf16 pairs.
 template <int T, bool Float>
@@ -248,19 +256,45 @@ void split_by_width(const View& w, const Input& x, int64_t p, float* out, int64_
   return split<3, T, Float, 4, 2>(w, x, p, out, ld);
 }
 
+// --- block, bf16 pairs ---------------------------------------------------------------------------------------
+template <int T>
+void block16(const View& w, const Input& x, int64_t p, float* out, int64_t ld) {
+  constexpr int kSets = T <= 4 ? 2 : 1;
+  const uint64_t begin = w.offsets[p], end = w.offsets[p + 1];
+  const uint8_t* tile = w.values + 128 * begin;
+  __m512 sums[kSets][T];
+  for (auto& set : sums)
+    for (auto& s : set) s = _mm512_setzero_ps();
+  for (uint64_t i = begin; i < end; ++i, tile += 128) {
+    prefetch<2>(tile + kAhead);
+    const int64_t pair = w.columns[i] / 2;
+    tile_product<T, false>(sums[0], _mm512_loadu_si512(tile), x, pair);
+    tile_product<T, false>(sums[kSets - 1], _mm512_loadu_si512(tile + 64), x, pair + 1);
+  }
+  for (int t = 0; t < T; ++t) {
+    __m512 s = sums[0][t];
+    if (kSets == 2) s = _mm512_add_ps(s, sums[kSets - 1][t]);
+    _mm512_storeu_ps(out + t * ld, s);
+  }
+}
+
 // --- the table's entries ---------------------------------------------------------------------------------------
-int fusable(const View& w, bool pairs) {
-  if (!pairs) return 1;
+int64_t fusable(const View& w, bool pairs) {
+  if (w.layout == SK_BLOCK || (w.layout == SK_CHUNK && pairs)) return kAnyTokens;
+  if (!pairs) return w.layout == SK_CHUNK ? 4 : 1;
   return w.layout == SK_BITMAP ? 6 : 16;
 }
 
 template <bool Float, int T>
 void fused_tokens(const View& w, const Input& x, int64_t b, float* out, int64_t ld) {
+  if (w.layout == SK_BLOCK) return block16<T>(w, x, b, out, ld);
   if (w.layout == SK_SPLIT) return split_by_width<T, Float>(w, x, b, out, ld);
   if constexpr (T <= 6) bitmap16_by_density<T, Float>(w, x, b, out, ld);
 }
 
 void fused(const View& w, const Input& x, int64_t b, bool pairs, float* out, int64_t ld) {
+  if (w.layout == SK_CHUNK) return chunk_product(w, x, b, pairs, out, ld);
+  if (w.layout == SK_BLOCK && !pairs) return generic_block(w, x, b, out, ld);
   if (!pairs) {
     if (w.dtype == SK_F16) return bitmap_wide<true>(w, x, b, out);
     if (w.dtype == SK_F32) return bitmap_wide<false>(w, x, b, out);
@@ -318,6 +352,7 @@ void decode_wide(const uint32_t* masks, const uint8_t* base, uint64_t& at, int64
 void decode(const View& w, int64_t g, Cursor& at, int64_t begin, int64_t end, bool pairs, void* panels,
             int64_t stride) {
   char* out = static_cast<char*>(panels);
+  if (w.layout == SK_CHUNK) return generic_decode(w, g, at, begin, end, pairs, panels, stride);
   if (w.layout == SK_SPLIT) {
     for (int q = 0; q < 4; ++q) {
       const int64_t p = 4 * g + q;

@@ -2,6 +2,7 @@
 //
 // Few tokens: `fused` kernels multiply while they decode, so the weight is read once and never written. More tokens:
 // 64 rows are decoded into a scratch that stays in the second-level cache and a plain micro-kernel runs over it.
+// Kernels that pass over what is missing instead of multiplying zeros stay fused for any number of tokens.
 #include "linear.h"
 
 namespace sk {
@@ -96,22 +97,38 @@ void write_patches(const View& w, int64_t p, int64_t begin, int64_t end, bool pa
   }
 }
 
+// Tokens [first, first + count) of prepared activations, `count` of them being a tile.
+Input part(const Prepared& x, int64_t first, int64_t count) {
+  const int64_t at = first * x.steps;
+  return {x.pairs ? x.input.pairs + at : nullptr, x.pairs ? nullptr : x.input.floats + at, count};
+}
+
 int fused(const Kernels& k, const sk_call& call, const View& w, bool pairs) {
-  Prepared x;
-  if (!prepare(call, w.cols, 0, call.tokens, call.tokens, pairs, x)) return SK_NO_MEMORY;
   const bool bitmap = w.layout == SK_BITMAP;
   const int64_t height = bitmap ? kBlockRows : kPanelRows, blocks = ceil_div(w.rows, height);
-  auto work = [&](int64_t begin, int64_t end, int) {
-    alignas(64) float sums[kMaxFused * kBlockRows];
-    for (int64_t b = begin; b < end; ++b) {
-      k.fused(w, x.input, b, pairs, sums, height);
-      if (!bitmap) add_patches(w, x.input, b, sums, height);
-      const int64_t row = b * height, count = w.rows - row < height ? w.rows - row : height;
-      for (int64_t t = 0; t < call.tokens; ++t) store(k, call, t, row, count, sums + t * height);
-    }
-  };
-  int64_t grain = bitmap ? 1 : blocks / (int64_t(call.threads) * 8);
-  for_each(call.threads, blocks, grain > 4 ? 4 : grain, work);
+  // Many tokens: a few panels stay in the second-level cache while the tokens pass.
+  int64_t grain = call.tokens > kMaxFused ? 4 : bitmap ? 1 : blocks / (int64_t(call.threads) * 8);
+  grain = grain > 4 ? 4 : grain < 1 ? 1 : grain;
+  for (int64_t first = 0; first < call.tokens; first += kTokenChunk) {
+    const int64_t tokens = call.tokens - first < kTokenChunk ? call.tokens - first : kTokenChunk;
+    const int64_t tile = tokens < kMaxFused ? tokens : kMaxFused;
+    Prepared x;
+    // chunk selects from the activations of one token, so each token's lie together.
+    if (!prepare(call, w.cols, first, tokens, w.layout == SK_CHUNK ? 1 : tile, pairs, x)) return SK_NO_MEMORY;
+    auto work = [&](int64_t begin, int64_t end, int) {
+      alignas(64) float sums[kMaxFused * kBlockRows];
+      for (int64_t group = begin; group < end; group += grain)
+        for (int64_t t = 0; t < tokens; t += tile)
+          for (int64_t b = group; b < group + grain && b < end; ++b) {
+            const Input input = part(x, t, tokens - t < tile ? tokens - t : tile);
+            k.fused(w, input, b, pairs, sums, height);
+            if (w.layout == SK_SPLIT) add_patches(w, input, b, sums, height);
+            const int64_t row = b * height, count = w.rows - row < height ? w.rows - row : height;
+            for (int64_t i = 0; i < input.tokens; ++i) store(k, call, first + t + i, row, count, sums + i * height);
+          }
+    };
+    for_each(call.threads, blocks, grain, work);
+  }
   return SK_OK;
 }
 
@@ -124,8 +141,7 @@ struct Group {  // 64 rows being multiplied by the tokens of one pass
 };
 
 void multiply_group(const Group& g, int64_t group) {
-  const bool bitmap = g.w.layout == SK_BITMAP;
-  const int64_t tile_columns = bitmap ? 2 : 4;
+  const int64_t tile_columns = g.w.layout == SK_BITMAP ? 2 : 4;
   const int64_t panel_bytes = kScratch / 4, column_bytes = g.x.pairs ? 32 : 64;
   const int64_t chunk_tiles = panel_bytes / column_bytes / tile_columns;
   Cursor at = {};

@@ -72,6 +72,8 @@ int create(int layout, const sk_bitmask& s, int threads, sk_plan& plan) {
   h.rows = s.rows;
   h.cols = s.cols;
   h.nnz = s.nnz;
+  if (layout == SK_CHUNK) return plan_chunk(plan, threads);
+  if (layout == SK_BLOCK) return plan_tiles(plan, threads);
   if (layout == SK_BITMAP) {
     layout_bitmap(plan);
   } else if (is_quantised(layout)) {
@@ -124,6 +126,14 @@ int parse(const void* packed, int64_t bytes, View* view) {
     v.offsets = reinterpret_cast<const uint64_t*>(base + h.blocks_at);
     v.masks64 = reinterpret_cast<const uint64_t*>(base + h.masks_at);
     v.scales = reinterpret_cast<const uint16_t*>(base + h.codes_at);
+  } else if (h.layout == SK_CHUNK) {
+    v.tiles = h.cols / 4;
+    v.kept = h.kept;
+    v.codes = base + h.codes_at;
+  } else if (h.layout == SK_BLOCK) {
+    v.tiles = h.cols / 4;
+    v.offsets = reinterpret_cast<const uint64_t*>(base + h.blocks_at);
+    v.columns = reinterpret_cast<const uint32_t*>(base + h.masks_at);
   } else {
     return SK_BAD_PACKED;
   }
@@ -135,9 +145,10 @@ int parse(const void* packed, int64_t bytes, View* view) {
 extern "C" {
 int sk_plan_create(int layout, const sk_bitmask* source, int threads, sk_plan** plan) {
   if (!source || !plan || !sk::sound(*source)) return SK_BAD_ARGUMENT;
-  if (layout != SK_BITMAP && layout != SK_SPLIT && !sk::is_quantised(layout)) return SK_BAD_ARGUMENT;
+  if (layout != SK_BITMAP && layout != SK_SPLIT && layout != SK_CHUNK && layout != SK_BLOCK &&
+      !sk::is_quantised(layout)) return SK_BAD_ARGUMENT;
   if (sk::is_quantised(layout) != (source->dtype == SK_I8)) return SK_UNSUPPORTED;
-  if (layout == SK_SPLIT && source->dtype != SK_BF16) return SK_UNSUPPORTED;
+  if ((layout == SK_SPLIT || layout == SK_CHUNK) && source->dtype != SK_BF16) return SK_UNSUPPORTED;
   *plan = nullptr;
   sk_plan* made = new (std::nothrow) sk_plan;
   if (!made) return SK_NO_MEMORY;
@@ -166,6 +177,10 @@ int sk_plan_pack(const sk_plan* plan, void* out, int64_t out_bytes, int threads)
     sk::pack_bitmap(*plan, base, threads);
   else if (sk::is_quantised(plan->header.layout))
     sk::pack_quantised(*plan, base, threads);
+  else if (plan->header.layout == SK_CHUNK)
+    sk::pack_chunk(*plan, base, threads);
+  else if (plan->header.layout == SK_BLOCK)
+    sk::pack_tiles(*plan, base, threads);
   else
     sk::pack_split(*plan, base, threads);
   return SK_OK;

@@ -8,7 +8,7 @@ struct sk_plan {
   sk_bitmask source;
   sk::Header header;
   std::vector<int64_t> row_start;        // [rows + 1] index of each row's first value
-  std::vector<uint64_t> block_start;     // bitmap [blocks + 1]; int8, int4 [panels + 1]
+  std::vector<uint64_t> block_start;     // bitmap [blocks + 1], in values; int8, int4, block [panels + 1]
   std::vector<sk::Panel> panels;         // split [panels + 1]
   std::vector<std::vector<sk::Patch>> patches;  // split [panels]
 };
@@ -19,6 +19,10 @@ void plan_split(sk_plan& plan, int threads);  // may throw std::bad_alloc
 void pack_split(const sk_plan& plan, uint8_t* out, int threads);
 bool plan_quantised(sk_plan& plan, int threads);  // false: a code or scale out of range
 void pack_quantised(const sk_plan& plan, uint8_t* out, int threads);
+int plan_chunk(sk_plan& plan, int threads);  // SK_BAD_MASK if the mask lacks the structure
+void pack_chunk(const sk_plan& plan, uint8_t* out, int threads);
+int plan_tiles(sk_plan& plan, int threads);  // the same for the layout block
+void pack_tiles(const sk_plan& plan, uint8_t* out, int threads);
 
 namespace {
 

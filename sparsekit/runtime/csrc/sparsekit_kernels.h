@@ -22,13 +22,21 @@ extern "C" {
 enum sk_status {
   SK_OK = 0,
   SK_BAD_ARGUMENT = 1, /* a null pointer, a negative size, an unknown enum value, a code or scale out of range */
-  SK_BAD_MASK = 2,     /* bitmask, row offsets and value count disagree, or a padding bit is set */
+  SK_BAD_MASK = 2,     /* bitmask, row offsets and value count disagree, a padding bit is set, or the mask lacks the
+                          structure that the layout needs */
   SK_BAD_PACKED = 3,   /* a buffer that sk_plan_pack did not write, or of another size */
   SK_NO_MEMORY = 4,
   SK_UNSUPPORTED = 5,  /* this processor cannot run the instruction set, or the layout cannot hold the values */
 };
 enum sk_dtype { SK_BF16 = 0, SK_F16 = 1, SK_F32 = 2, SK_I8 = 3 /* of source values only */ };
-enum sk_layout { SK_BITMAP = 1, SK_SPLIT = 2, SK_INT8 = 3, SK_INT4 = 4 };
+enum sk_layout {
+  SK_BITMAP = 1,
+  SK_SPLIT = 2, /* bf16 */
+  SK_INT8 = 3,
+  SK_INT4 = 4,
+  SK_CHUNK = 5, /* bf16; 64 divides cols and every row keeps the same n of each 64 columns, n = 4, 8 or 16 */
+  SK_BLOCK = 6, /* 16 divides rows, 4 divides cols, and each block of 16 rows x 4 columns is kept whole or not at all */
+};
 
 /* One tensor as it lies on disk: a bitmask and raw values, or integers with one scale for every 64 columns of a row.
    SK_INT8 takes integers -127..127, SK_INT4 -8..8; weight = integer x scale, in fp32, rounded to weight_dtype. */

@@ -75,6 +75,10 @@ extern "C" int sk_unpack(const void* packed, int64_t bytes, void* dense, int thr
       if (row_bytes) memset(out + b * height * row_bytes, 0, size_t((last - b * height) * row_bytes));
       if (sk::is_quantised(w.layout))
         sk::unpack_quantised(w, b, out);
+      else if (w.layout == SK_CHUNK)
+        sk::unpack_chunk(w, b, out);
+      else if (w.layout == SK_BLOCK)
+        sk::unpack_tiles(w, b, out);
       else if (!bitmap)
         sk::unpack_panel(w, b, out);
       else if (sk::element_size(w.dtype) == 2)
