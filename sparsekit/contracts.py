@@ -50,6 +50,7 @@ class Pruned:
 
     weight: Tensor  # [out, in], any float dtype; the walker casts it to the checkpoint's
     keep: Tensor  # [out, in] bool
+    notes: tuple[str, ...] = ()  # what the user should know, such as a damping that had to be raised
 
 
 class Stat(ABC):
@@ -67,6 +68,19 @@ class Stat(ABC):
     def merge(self, other: Stat, scale: float = 1.0) -> None:
         """Add `scale` times what `other`, a statistic of the same kind, has seen."""
 
+    @classmethod
+    def nbytes(cls, in_features: int) -> int:
+        """Return about how much memory one statistic takes."""
+        return 8 * in_features
+
+
+@dataclass(frozen=True)
+class TokenNeed:
+    """Calibration tokens per input channel of a linear: fewer than `least` are refused, than `advised` warned of."""
+
+    least: float
+    advised: float
+
 
 Stats = Mapping[str, Stat]
 Level = Callable[[Pattern, int], Pruned]
@@ -79,6 +93,8 @@ class LayerPruner(ABC, Generic[Options]):
     options_type: ClassVar[type[MethodOptions]] = MethodOptions
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the statistics `fit` reads; none means that no calibration data is used."""
+    tokens: ClassVar[TokenNeed | None] = None
+    """Calibration tokens that `fit` must or should have."""
 
     def __init__(self, options: Options, seed: int) -> None:
         self.options = options
@@ -87,6 +103,44 @@ class LayerPruner(ABC, Generic[Options]):
     @abstractmethod
     def fit(self, linear: LinearInfo, weight: Tensor, stats: Stats) -> Level:
         """Do the expensive part once for `weight: [out, in]` (float32, read only); return any level cheaply."""
+
+
+class MaskRefiner(ABC, Generic[Options]):
+    """Improves a mask at the same number of kept weights."""
+
+    options_type: ClassVar[type[MethodOptions]] = MethodOptions
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Names of the statistics `refine` reads."""
+
+    def __init__(self, options: Options, seed: int) -> None:
+        self.options = options
+        self.seed = seed
+
+    @abstractmethod
+    def refine(self, linear: LinearInfo, weight: Tensor, start: Pruned, pattern: Pattern, stats: Stats) -> Pruned:
+        """Return as many kept weights as `start` in the same pattern, each with its value in `weight: [out, in]`.
+
+        `weight` is the dense one, float32, read only: values that a pruner has moved belong to the mask they were
+        solved for. An update in the same stage solves for the new mask.
+        """
+
+
+class WeightUpdate(ABC, Generic[Options]):
+    """Moves the kept weights of a given mask so that the linear's outputs change less."""
+
+    options_type: ClassVar[type[MethodOptions]] = MethodOptions
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Names of the statistics `update` reads."""
+    tokens: ClassVar[TokenNeed | None] = None
+    """Calibration tokens that `update` must or should have."""
+
+    def __init__(self, options: Options, seed: int) -> None:
+        self.options = options
+        self.seed = seed
+
+    @abstractmethod
+    def update(self, linear: LinearInfo, weight: Tensor, start: Pruned, stats: Stats) -> Pruned:
+        """Return new values for the mask of `start`; `weight: [out, in]` is the dense one, float32, read only."""
 
 
 @dataclass(frozen=True)

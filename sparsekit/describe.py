@@ -18,6 +18,7 @@ from sparsekit.models.lazy_model import LazyModel
 from sparsekit.plan import StagePlan, allocate
 from sparsekit.prepared import Prepared
 from sparsekit.prune import StageResult
+from sparsekit.recipe.schema import PARTS
 
 
 def describe_plan(prepared: Prepared, out: Path) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def describe_plan(prepared: Prepared, out: Path) -> dict[str, Any]:
         "out": str(out),
         "blocks": prepared.model.blocks,
         "stages": [_describe_plan(prepared.model, plan) for plan in prepared.plans],
+        "notes": list(prepared.notes),
         "cost": asdict(prepared.cost),
     }
 
@@ -48,7 +50,7 @@ def _describe_plan(model: LazyModel, plan: StagePlan) -> dict[str, Any]:
         kinds.setdefault(key, []).append(1 - budgets[linear.name] / linear.numel)
     return {
         "method": plan.stage.method,
-        "allocate": plan.stage.allocator()[0],
+        **_parts(plan),
         "pattern": str(plan.pattern),
         "sparsity": plan.stage.sparsity,
         "targets": len(plan.targets),
@@ -71,6 +73,12 @@ def _describe_plan(model: LazyModel, plan: StagePlan) -> dict[str, Any]:
             for (kind, rows, columns), sparsities in kinds.items()
         ],
     }
+
+
+def _parts(plan: StagePlan) -> dict[str, Any]:
+    """Return the names of allocator, refiner and update; None for those a stage has not."""
+    found = {room: plan.stage.part(room) for room in PARTS}
+    return {room: part and part[0] for room, part in found.items()}
 
 
 def describe_model(prepared: Prepared) -> dict[str, Any]:
@@ -113,7 +121,7 @@ def describe_stage(plan: StagePlan, result: StageResult) -> dict[str, Any]:
     return {
         "method": plan.stage.method,
         "options": plan.stage.method_options().model_dump(mode="json"),
-        "allocate": plan.stage.allocator()[0],
+        **_parts(plan),
         "pattern": str(plan.pattern),
         "sparsity": plan.stage.sparsity,
         "achieved_sparsity": 1 - kept / plan.numel,

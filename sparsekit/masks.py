@@ -79,12 +79,12 @@ def ranked(weight: Tensor, score: Tensor, group: Group) -> Level:
 
     def at(pattern: Pattern, budget: int) -> Pruned:
         keep = select(score, pattern, budget, group)
-        return Pruned(_zeroed(weight, keep), keep)
+        return Pruned(zeroed(weight, keep), keep)
 
     return at
 
 
-def _zeroed(weight: Tensor, keep: Tensor) -> Tensor:
+def zeroed(weight: Tensor, keep: Tensor) -> Tensor:
     """Return `weight: [out, in]` with +0.0 wherever `keep` is False; kept weights stay bit for bit."""
     # Multiplying the bits gives +0.0 for negative weights too, and is 25 times faster than masked_fill.
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]

@@ -6,6 +6,7 @@ Everything that can be refused is refused here.
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 import resource
 import time
@@ -16,8 +17,8 @@ from typing import Any
 
 from sparsekit import budget as budgets
 from sparsekit import registry
-from sparsekit.contracts import AllocationContext, Allocator, LayerPruner, LinearInfo
-from sparsekit.errors import LowCoverage, OutOfMemory, PlanError
+from sparsekit.contracts import AllocationContext, Allocator, LayerPruner, LinearInfo, MaskRefiner, Stat, WeightUpdate
+from sparsekit.errors import LowCoverage, OutOfMemory, PlanError, TooFewTokens
 from sparsekit.lazy import torch
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.pattern import NM, Pattern, parse_pattern
@@ -39,6 +40,7 @@ class StagePlan:
         coverage: Share of all matrix weights of the blocks that are targets.
         budget: Weights kept in all targets together.
         pruner, allocator: The methods, with their options.
+        refiner, update: What improves the pruner's masks and then moves the kept weights; None for neither.
     """
 
     stage: PruneStage
@@ -49,6 +51,8 @@ class StagePlan:
     budget: int
     pruner: LayerPruner[Any]
     allocator: Allocator[Any]
+    refiner: MaskRefiner[Any] | None = None
+    update: WeightUpdate[Any] | None = None
 
     @property
     def numel(self) -> int:
@@ -56,9 +60,15 @@ class StagePlan:
         return sum(linear.numel for linear in self.targets)
 
     @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that are collected for every target while a block is pruned."""
+        methods = (self.pruner, self.refiner, self.update)
+        return frozenset().union(*(method.needs for method in methods if method is not None))
+
+    @property
     def needs_data(self) -> bool:
         """Whether calibration text is read at all."""
-        return bool(self.pruner.needs or self.allocator.needs)
+        return bool(self.needs or self.allocator.needs)
 
 
 def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) -> StagePlan:
@@ -88,7 +98,6 @@ def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) ->
             where=where,
             hint="Widen targets, or set min_coverage in the stage to accept this.",
         )
-    allocation, options = stage.allocator()
     return StagePlan(
         stage=stage,
         pattern=pattern,
@@ -97,8 +106,45 @@ def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) ->
         coverage=covered / total,
         budget=budgets.total(targets, pattern, stage.sparsity),
         pruner=registry.load("pruners", stage.method)(stage.method_options(), seed),
-        allocator=registry.load("allocate", allocation)(options, seed),
+        allocator=_part(stage, "allocate", seed),
+        refiner=_part(stage, "refine", seed),
+        update=_part(stage, "update", seed),
     )
+
+
+def _part(stage: PruneStage, room: str, seed: int) -> Any:
+    """Return the stage's allocator, refiner or update, None without one."""
+    found = stage.part(room)
+    return None if found is None else registry.load(room, found[0])(found[1], seed)
+
+
+def check_tokens(plan: StagePlan, tokens: int, *, where: str) -> tuple[str, ...]:
+    """Compare calibration tokens with what the stage's solvers need; return notes where more are advised.
+
+    A gram matrix of fewer tokens than inputs has directions it knows nothing of, and a solver moves weights along
+    them at no visible cost.
+
+    Raises:
+        TooFewTokens: Fewer than the least a method can work with.
+    """
+    notes = []
+    widest = max(plan.targets, key=lambda linear: linear.in_features)
+    for key, method in (("method", plan.pruner), ("update", plan.update)):
+        need = method.tokens if method is not None else None
+        if need is None:
+            continue
+        name = plan.stage.method if key == "method" else plan.stage.update.method  # type: ignore[union-attr]
+        least, advised = (math.ceil(share * widest.in_features) for share in (need.least, need.advised))
+        told = f"{tokens} calibration tokens for {widest.in_features} inputs of {widest.name}"
+        if tokens < least:
+            raise TooFewTokens(
+                f"{name} needs at least {least} tokens, got {told}",
+                where=f"{where}.{key}",
+                hint=f"Raise calibration.samples or sequence_length; {advised} tokens or more give good results.",
+            )
+        if tokens < advised:
+            notes.append(f"{told}: {name} is better with {advised} or more")
+    return tuple(notes)
 
 
 def allocate(plan: StagePlan, context: AllocationContext) -> dict[str, int]:
@@ -178,6 +224,7 @@ def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequenc
     tokens = samples * sequence_length
     hidden = int(getattr(model.module.config, "hidden_size", 0) or 0)
     memory = BASE_MEMORY_BYTES + largest_block * (item + 1) + largest_linear * 16
+    memory += max(_statistics_bytes(plan) for plan in plans)
     if tokens:
         memory += max(tokens * hidden * item + largest_block * item, outer)
     return Cost(
@@ -185,6 +232,23 @@ def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequenc
         disk_bytes=model.weights.total_bytes + (16 << 20),
         seconds=_forward_seconds(model, plans, tokens, sequence_length) if tokens else None,
         tokens=tokens,
+    )
+
+
+def _statistics_bytes(plan: StagePlan) -> int:
+    """Return the memory of the largest block's statistics.
+
+    Linears that share an input share them; linears of one module and one width are taken to share, all but the last.
+    """
+    kinds: list[type[Stat]] = [registry.load("stats", name) for name in plan.needs]
+    blocks: dict[int, dict[tuple[str, int], int]] = {}
+    for linear in plan.targets:
+        inputs = blocks.setdefault(linear.block, {})
+        key = (linear.name.rpartition(".")[0], linear.in_features)
+        inputs[key] = min(inputs.get(key, 0) + 1, 2)
+    return max(
+        sum(count * kind.nbytes(width) for (_, width), count in inputs.items() for kind in kinds)
+        for inputs in blocks.values()
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from sparsekit.errors import PlanError
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.source import ModelSource
-from sparsekit.plan import Cost, StagePlan, estimate, plan_stage
+from sparsekit.plan import Cost, StagePlan, check_tokens, estimate, plan_stage
 from sparsekit.recipe.schema import Recipe
 
 
@@ -21,6 +21,7 @@ class Prepared:
     model: LazyModel
     plans: tuple[StagePlan, ...]
     cost: Cost
+    notes: tuple[str, ...] = ()
 
     @property
     def needs_data(self) -> bool:
@@ -44,7 +45,12 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
             hint=f"Set it to {source.max_length} or less.",
         )
     samples = spec.samples if any(plan.needs_data for plan in plans) else 0
-    return Prepared(recipe, source, model, plans, estimate(model, plans, samples, length))
+    notes = tuple(
+        note
+        for position, plan in enumerate(plans)
+        for note in check_tokens(plan, samples * length, where=f"stages.{position}")
+    )
+    return Prepared(recipe, source, model, plans, estimate(model, plans, samples, length), notes)
 
 
 def default_out(recipe: Recipe, source: ModelSource) -> Path:

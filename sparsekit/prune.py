@@ -18,6 +18,7 @@ from sparsekit.checkpoint.safetensors_file import RawTensor, read_header
 from sparsekit.checkpoint.staging import StagedCheckpoint
 from sparsekit.contracts import AllocationContext, LinearInfo, Stat, Stats
 from sparsekit.errors import IndexMismatch, NonFinite, SparsekitError
+from sparsekit.layer_errors import layer_errors
 from sparsekit.lazy import torch
 from sparsekit.memory import release_freed
 from sparsekit.models.lazy_model import LazyModel
@@ -27,7 +28,6 @@ from sparsekit.pack import Encoding, Layout, choose, files
 from sparsekit.pattern import parse_pattern
 from sparsekit.plan import StagePlan, allocate
 from sparsekit.progress import Reporter
-from sparsekit.stats.sumsq import SumSq
 from sparsekit.walk import Visit, walk
 
 if TYPE_CHECKING:
@@ -43,9 +43,6 @@ class Form:
 
     layout: Layout | None = None
     encoding: Encoding | None = None
-
-
-_ERROR_ELEMENTS = 1 << 18  # weights whose error is summed at a time
 
 
 @dataclass(frozen=True)
@@ -113,12 +110,13 @@ def _prune_block(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """Prune the targets of one block in place; return facts for the journal, the changed tensors and their masks."""
     targets = [linear for linear in visit.linears if linear.name in budgets]
-    stats = visit.collect(targets, plan.pruner.needs) if targets else {}
+    stats = visit.collect(targets, plan.needs) if targets else {}
     linears: dict[str, dict[str, Any]] = {}
     keeps: dict[str, Tensor] = {}
     for linear in targets:
         start = time.perf_counter()
-        keep, facts = _prune_linear(linear, plan, budgets[linear.name], stats[linear.name])
+        keep, facts, notes = _prune_linear(linear, plan, budgets[linear.name], stats[linear.name])
+        visit.notes.extend(f"{linear.name}: {note}" for note in notes)
         _note_mask(keeps, linear, keep, model.stack.prefix(visit.index))
         release_freed()  # each linear leaves holes of its own size, and its copies are the peak of the run
         facts["seconds"] = round(time.perf_counter() - start, 4)
@@ -142,48 +140,31 @@ def _prune_block(
 
 def _prune_linear(
     linear: Linear, plan: StagePlan, budget: int, stats: Mapping[str, Stat]
-) -> tuple[Tensor, dict[str, Any]]:
+) -> tuple[Tensor, dict[str, Any], tuple[str, ...]]:
     dense = linear.weight().to(torch.float32)  # [out, in]
     try:
         pruned = plan.pruner.fit(linear.info, dense, stats)(plan.pattern, budget)
+        notes = pruned.notes
+        if plan.refiner is not None:
+            pruned = plan.refiner.refine(linear.info, dense, pruned, plan.pattern, stats)
+            notes += pruned.notes
+        if plan.update is not None:
+            pruned = plan.update.update(linear.info, dense, pruned, stats)
+            notes += pruned.notes
     except SparsekitError as error:
         error.where = error.where or linear.name
         raise
     stored = linear.replace(pruned.weight)
     masks.check(stored, pruned.keep, plan.pattern, budget, where=linear.name)
-    return pruned.keep, {
+    facts = {
         "kept": budget,
         "numel": linear.info.numel,
         "shape": [linear.info.out_features, linear.info.in_features],
         "pattern": str(plan.pattern),
         "method": plan.stage.method,
-        **_errors(dense, stored, stats),
+        **layer_errors(dense, stored, stats),
     }
-
-
-def _errors(dense: Tensor, stored: Tensor, stats: Stats) -> dict[str, Any]:
-    """Relative squared error of the weights, and of the outputs as far as the statistics tell it.
-
-    With channel norms alone the output error is that of uncorrelated inputs: sum (dW_ij n_j)^2 / sum (W_ij n_j)^2.
-    """
-    sumsq = stats.get("sumsq")
-    norm = sumsq.norm() if isinstance(sumsq, SumSq) else None
-    sums = dict.fromkeys(("dw", "w", "dy", "y"), 0.0)
-    # A few rows at a time: copies of a whole linear would be the peak of the run's memory.
-    step = max(1, _ERROR_ELEMENTS // dense.shape[1])
-    for start in range(0, dense.shape[0], step):
-        whole = dense[start : start + step]
-        part = whole - stored[start : start + step].to(torch.float32)
-        sums["dw"] += float(part.square().sum())
-        sums["w"] += float(whole.square().sum())
-        if norm is not None:
-            sums["dy"] += float(part.mul_(norm).square_().sum())
-            sums["y"] += float((whole * norm).square_().sum())
-    facts: dict[str, Any] = {"weight_error": sums["dw"] / sums["w"] if sums["w"] else 0.0}
-    if isinstance(sumsq, SumSq):
-        facts["output_error_diagonal"] = sums["dy"] / sums["y"] if sums["y"] else 0.0
-        facts["tokens"] = sumsq.tokens
-    return facts
+    return pruned.keep, facts, notes
 
 
 def _parameter(linear: Linear) -> str:

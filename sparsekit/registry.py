@@ -22,6 +22,8 @@ ROOMS: dict[str, tuple[str, str, str]] = {
     "stats": ("statistic", "Stat", "sparsekit.stats"),
     "pruners": ("pruner", "LayerPruner", "sparsekit.pruners"),
     "allocate": ("allocator", "Allocator", "sparsekit.allocators"),
+    "refine": ("refiner", "MaskRefiner", "sparsekit.refiners"),
+    "update": ("update", "WeightUpdate", "sparsekit.updates"),
 }
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 

@@ -88,6 +88,8 @@ def execute(
         _refuse_unchecked_gates(prepared.recipe)
     if extra := prepared.model.extra:
         reporter.note(f"{len(extra)} tensors have no place in the model and are copied unchanged, first {extra[0]}")
+    for note in prepared.notes:
+        reporter.note(note)
     _require_memory(prepared, evaluation=evaluation)
     fs.require_space(out, prepared.cost.disk_bytes, "the checkpoint")
     blocks = _calibration(prepared, reporter) if prepared.needs_data else None

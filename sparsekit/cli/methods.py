@@ -15,7 +15,7 @@ from sparsekit.cli import render
 from sparsekit.cli.options import Json
 from sparsekit.errors import UnknownName
 
-_ROOMS = ("pruners", "allocate", "stats")
+_ROOMS = ("pruners", "refine", "update", "allocate", "stats")
 _HEADING = re.compile(r"^[A-Z][A-Za-z ]+:", re.MULTILINE)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsekit import registry
 from sparsekit.errors import RecipeReferenceError, RecipeSchemaError
-from sparsekit.recipe.schema import Recipe, allocate_model, stage_model
+from sparsekit.recipe.schema import PARTS, Recipe, part_model, stage_model
 from sparsekit.recipe.yaml_positions import read_file
 
 
@@ -79,10 +79,8 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of recipe files, for editors, with the options of every registered method."""
     schema = Recipe.model_json_schema(mode="validation")
     definitions: dict[str, Any] = schema.setdefault("$defs", {})
-    allocators = registry.names("allocate")
-    mappings = [_reference(definitions, allocate_model(name), name) for name in allocators]
-    allocate = {"anyOf": [{"enum": list(allocators)}, *mappings], "description": "allocator"}
-    stages = [_reference(definitions, stage_model(name), name, allocate=allocate) for name in registry.names("pruners")]
+    parts = {room: _part_schema(definitions, room) for room in PARTS}
+    stages = [_reference(definitions, stage_model(name), name, **parts) for name in registry.names("pruners")]
     properties = schema["properties"]
     properties["stages"]["items"] = {"anyOf": stages}
     properties["extends"] = {
@@ -92,6 +90,14 @@ def json_schema() -> dict[str, Any]:
     schema["required"] = ["sparsekit", "name", "description"]
     schema["anyOf"] = [{"required": ["stages"]}, {"required": ["extends"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "sparsekit recipe"}
+
+
+def _part_schema(definitions: dict[str, Any], room: str) -> dict[str, Any]:
+    """Return the schema of a stage's key that names a method: its name alone, or a mapping with options."""
+    names = registry.names(room)
+    mappings = [_reference(definitions, part_model(room, name), name) for name in names]
+    absent = [] if room == "allocate" else [{"type": "null"}]
+    return {"anyOf": [{"enum": list(names)}, *mappings, *absent], "description": registry.ROOMS[room][0]}
 
 
 def _reference(definitions: dict[str, Any], model: Any, method: str, **replaced: Any) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from sparsekit import registry
 from sparsekit.errors import RecipeSchemaError
-from sparsekit.recipe.schema import AllocateSpec, PruneStage, Recipe, allocate_model, near, stage_model
+from sparsekit.recipe.schema import PARTS, PruneStage, Recipe, near, part_model, stage_model
 from sparsekit.recipe.yaml_positions import Data, Mark, Node
 
 Path = tuple[str | int, ...]
@@ -195,9 +195,9 @@ def _schema_at(path: Path, data: Data) -> dict[str, Any]:
     for position, step in enumerate(path):
         here = _step(here, step)
         if path[0] == "stages" and position == 1:
-            root = schema = _joined_schema(here, PruneStage)
-        elif path[0] == "stages" and position == 2 and step == "allocate":
-            root = schema = _joined_schema(here, AllocateSpec)
+            root = schema = _joined_schema(here, "pruners")
+        elif path[0] == "stages" and position == 2 and step in PARTS:
+            root = schema = _joined_schema(here, str(step))
         elif isinstance(step, int):
             schema = schema.get("items", {})
         else:
@@ -215,9 +215,11 @@ def _step(here: Any, step: str | int) -> Any:
     return here[step] if isinstance(here, list) and isinstance(step, int) and step < len(here) else None
 
 
-def _joined_schema(here: Any, base: type[BaseModel]) -> dict[str, Any]:
-    room, joined = ("pruners", stage_model) if base is PruneStage else ("allocate", allocate_model)
-    method = here.get("method", "uniform" if base is AllocateSpec else None) if isinstance(here, dict) else None
+def _joined_schema(here: Any, room: str) -> dict[str, Any]:
+    base: type[BaseModel] = PARTS.get(room, PruneStage)
+    default = base.model_fields["method"].get_default()
+    method = here.get("method", default) if isinstance(here, dict) else None
     if isinstance(method, str) and method in registry.names(room):
-        return joined(method).model_json_schema()
+        model: type[BaseModel] = part_model(room, method) if room in PARTS else stage_model(method)
+        return model.model_json_schema()
     return base.model_json_schema()

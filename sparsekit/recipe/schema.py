@@ -65,6 +65,26 @@ class AllocateSpec(Section):
     method: str = Field(default="uniform", description="name of an allocator")
 
 
+class RefineSpec(Section):
+    """How a stage's masks are improved at equal counts: a refiner's name and its options."""
+
+    method: str = Field(description="name of a refiner")
+
+
+class UpdateSpec(Section):
+    """How the kept weights are moved for the final mask: an update's name and its options."""
+
+    method: str = Field(description="name of an update")
+
+
+PARTS: dict[str, type[AllocateSpec | RefineSpec | UpdateSpec]] = {
+    "allocate": AllocateSpec,
+    "refine": RefineSpec,
+    "update": UpdateSpec,
+}
+"""Keys of a stage that name a method of the room of the same name."""
+
+
 class PruneStage(Section):
     """One pruning stage; the options of its method stand beside these keys."""
 
@@ -72,10 +92,16 @@ class PruneStage(Section):
     method: str = Field(description="name of a pruner")
     sparsity: float = Field(ge=0, le=1, description="fraction of zeros; implied by an N:M pattern")
     pattern: str = Field(default="unstructured", description="unstructured, N:M (keep N of M) or RxC blocks")
-    allocate: Annotated[SerializeAsAny[AllocateSpec], PlainValidator(lambda value: _allocation(value))] = Field(
-        default_factory=lambda: _allocation("uniform"),
+    allocate: Annotated[SerializeAsAny[AllocateSpec], PlainValidator(lambda value: _part("allocate", value))] = Field(
+        default_factory=lambda: _part("allocate", "uniform"),
         description="allocator: a name, or method and options",
     )
+    refine: Annotated[
+        SerializeAsAny[RefineSpec] | None, PlainValidator(lambda value: value and _part("refine", value))
+    ] = Field(default=None, description="refiner of the masks: a name, or method and options")
+    update: Annotated[
+        SerializeAsAny[UpdateSpec] | None, PlainValidator(lambda value: value and _part("update", value))
+    ] = Field(default=None, description="update of the kept weights: a name, or method and options")
     targets: tuple[str, ...] = Field(
         default=(), description="globs or re:... over dotted linear names; empty: every linear in the blocks"
     )
@@ -121,9 +147,14 @@ class PruneStage(Section):
         """Return the options of the method: an instance of its `options_type`."""
         return _options(self, "pruners")
 
-    def allocator(self) -> tuple[str, Any]:
-        """Return the allocator's name and its options: an instance of its `options_type`."""
-        return self.allocate.method, _options(self.allocate, "allocate")
+    def part(self, room: str) -> tuple[str, Any] | None:
+        """Return name and options of the allocator, refiner or update; None without one.
+
+        Args:
+            room: One of `PARTS`. The options are an instance of the method's `options_type`.
+        """
+        spec = getattr(self, room)
+        return None if spec is None else (spec.method, _options(spec, room))
 
 
 class SaveSpec(Section):
@@ -212,9 +243,9 @@ def stage_model(method: str) -> type[PruneStage]:
 
 
 @cache
-def allocate_model(method: str) -> type[AllocateSpec]:
-    """Return `AllocateSpec` joined with the options of an allocator; raises as `stage_model`."""
-    return _joined(AllocateSpec, "allocate", method)
+def part_model(room: str, method: str) -> type[Any]:
+    """Return the spec of `PARTS` joined with the options of a method of that room; raises as `stage_model`."""
+    return _joined(PARTS[room], room, method)
 
 
 def near(word: str, choices: Iterable[str]) -> str | None:
@@ -259,17 +290,20 @@ def _implied_sparsity(raw: Any) -> Any:
     return {**raw, "sparsity": pattern.sparsity} if close else raw
 
 
-def _allocation(value: Any) -> AllocateSpec:
-    if isinstance(value, AllocateSpec):
+def _part(room: str, value: Any) -> Any:
+    base = PARTS[room]
+    if isinstance(value, base):
         value = value.model_dump(mode="json")
+    noun = registry.ROOMS[room][0]
     if not isinstance(value, str | dict):
-        raise PydanticCustomError("kind", "must be an allocator's name, or a mapping with method and its options")
-    raw = {"method": value} if isinstance(value, str) else {"method": "uniform", **value}
+        raise PydanticCustomError("kind", f"must be the {noun}'s name, or a mapping with method and its options")
+    default = {} if base.model_fields["method"].is_required() else {"method": base.model_fields["method"].default}
+    raw = {"method": value} if isinstance(value, str) else {**default, **value}
     try:
-        return _with_method(raw, AllocateSpec, allocate_model)  # type: ignore[no-any-return]
+        return _with_method(raw, base, lambda method: part_model(room, method))
     except ValidationError as error:
         if isinstance(value, str):  # the name stands at the key itself
-            raise _errors(AllocateSpec, [{**_detail(item), "loc": ()} for item in error.errors()]) from error
+            raise _errors(base, [{**_detail(item), "loc": ()} for item in error.errors()]) from error
         raise
 
 

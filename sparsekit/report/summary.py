@@ -26,7 +26,8 @@ class LinearResult:
         kind: Name inside the block; numbers, such as those of experts, are `*`.
         kept, numel: Weights kept, and all.
         weight_error: Squared change of the weights over their squares.
-        output_error: The same for the outputs, inputs taken as uncorrelated; None without calibration text.
+        output_error: The same for the outputs; without a gram matrix inputs are taken as uncorrelated, without
+            calibration text it is None.
     """
 
     name: str
@@ -166,7 +167,7 @@ def _linear(name: str, facts: Mapping[str, Any]) -> LinearResult:
         kept=int(facts["kept"]),
         numel=int(facts["numel"]),
         weight_error=to_float(facts.get("weight_error")),
-        output_error=to_float(facts.get("output_error_diagonal")),
+        output_error=to_float(facts.get("output_error", facts.get("output_error_diagonal"))),
     )
 
 

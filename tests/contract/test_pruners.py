@@ -106,7 +106,7 @@ def test_options_are_strict_and_reach_recipes(method):
     assert recipe.stages[0].method_options() == cls.options_type()
 
 
-@pytest.mark.parametrize("room", ["pruners", "allocate", "stats"])
+@pytest.mark.parametrize("room", registry.ROOMS)
 def test_module_texts_have_their_headings(room):
     for name in registry.names(room):
         text = importlib.import_module(f"sparsekit.{room}.{name}").__doc__ or ""

@@ -90,7 +90,8 @@ def test_a_missing_key_is_reported_at_its_mapping(
     if key == "sparsity" and ":" in pattern:
         path_ = tmp_path / "r.yaml"
         path_.write_text(dump_yaml(data))
-        assert load_recipe(str(path_)).stages[0].sparsity == 0.5  # implied
+        keep, of = map(int, pattern.split(":"))
+        assert load_recipe(str(path_)).stages[0].sparsity == 1 - keep / of  # implied
         return
     changed = dump_yaml(data)
     message = _refusal(changed, tmp_path).splitlines()
@@ -118,7 +119,7 @@ STAGE_ERRORS = {
     "sparsity: 0.6, pattern: 2:4": "stages.0.sparsity: sparsity 0.6 disagrees with pattern 2:4, which keeps 2 of "
     "every 4 weights: sparsity 0.5; write that or leave it out",
     "sparsity: 0.5, group: rows": "stages.0.group: must be one of row, linear, got 'rows'; did you mean 'row'?",
-    "sparsity: 0.5, allocate: 3": "stages.0.allocate: must be an allocator's name, or a mapping with method and "
+    "sparsity: 0.5, allocate: 3": "stages.0.allocate: must be the allocator's name, or a mapping with method and "
     "its options",
     "sparsity: 0.5, allocate: {method: uniform, x: 1}": "stages.0.allocate: unknown key 'x'; known keys: method",
     "sparsity: 0.5, targets: mlp": "stages.0.targets: must be a list, got 'mlp'",

@@ -116,7 +116,7 @@ def test_options_of_the_method_stand_beside_the_keys_of_the_stage() -> None:
     stage = _stage(method="magnitude", group="row")
     assert type(stage.method_options()).__name__ == "MagnitudeOptions"
     assert stage.method_options().group == "row"
-    name, options = _stage(allocate={"method": "global_magnitude"}).allocator()
+    name, options = _stage(allocate={"method": "global_magnitude"}).part("allocate")
     assert (name, type(options).__name__) == ("global_magnitude", "GlobalMagnitudeOptions")
 
 
@@ -339,7 +339,7 @@ def _nodes(data: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
         ("gates.min_metrics.arc_easy/acc=0.5", lambda r: r.gates.min_metrics, {"arc_easy/acc": 0.5}),
         (
             "stages.0.allocate={method: global_magnitude}",
-            lambda r: r.stages[0].allocator()[0],
+            lambda r: r.stages[0].part("allocate")[0],
             "global_magnitude",
         ),
         ("stages.0.method=magnitude", lambda r: r.stages[0].method_options().group, "linear"),

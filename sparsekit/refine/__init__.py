@@ -1,0 +1,1 @@
+"""Refiners of masks: one file each, its name is the key in recipes."""

@@ -1,0 +1,1 @@
+"""Linear algebra that several methods share: damped factors, the OBS sweep, masked least squares."""

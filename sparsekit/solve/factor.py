@@ -1,0 +1,80 @@
+"""The Cholesky factor of an inverse gram matrix, damped as far as it must be and no further in silence.
+
+Source: Frantar & Alistarh 2023, "SparseGPT", arXiv 2301.00774, section 3.3: with G^-1 = U^T U, U upper triangular,
+row j of U holds what removing column j needs, once columns 0..j-1 are fixed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparsekit.errors import NonFinite, NumericalError
+from sparsekit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_STEP = 3.0
+_MOST = 0.3
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """U of G^-1 = U^T U for a damped gram matrix G.
+
+    Attributes:
+        upper: U, [in, in] float64, upper triangular.
+        dead: Input channels that were zero in every token, [in] bool; their row and column of U are those of the
+            identity, so nothing is ever moved onto or away from them.
+        damping: What was added to the diagonal, as a share of its mean.
+        notes: Says so if that is more than was asked for.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    damping: float
+    notes: tuple[str, ...]
+
+
+def damped(gram: Tensor, share: float) -> Tensor:
+    """Return `gram: [in, in]` float64 plus `share` times its mean diagonal; dead channels get a diagonal of 1."""
+    diagonal = gram.diagonal()
+    dead = diagonal == 0
+    alive = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    result = gram.clone()
+    result.diagonal().add_(share * alive)
+    result.diagonal()[dead] = 1.0
+    return result
+
+
+def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
+    """Factor the inverse of a gram matrix; where Cholesky fails the damping is tripled, up to 30 %, and reported.
+
+    Args:
+        gram: [in, in] float64, symmetric.
+        damping: Share of the mean diagonal that is added to the diagonal.
+
+    Raises:
+        NonFinite: The matrix is not finite.
+        NumericalError: It is not positive definite even with 30 %.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise NonFinite("the gram matrix of the inputs is not finite", hint="Run with --dtype fp32 or bf16.")
+    share = damping
+    while True:
+        # With G = R R^T, R upper triangular, U is R^-1. Reversing rows and columns turns Cholesky's lower into R.
+        lower, failed = torch.linalg.cholesky_ex(damped(gram, share).flip(0, 1))
+        if int(failed) == 0:
+            break
+        tripled = min(max(share, 1e-4) * _STEP, _MOST)
+        if share >= _MOST:
+            raise NumericalError(
+                f"the gram matrix of the inputs is not positive definite, even with {share:.0%} damping",
+                hint="Use more or other calibration text.",
+            )
+        share = tripled
+    root = lower.flip(0, 1)
+    upper = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+    notes = () if share == damping else (f"damping raised from {damping:g} to {share:g} for a Cholesky factor",)
+    return InverseFactor(upper, gram.diagonal() == 0, share, notes)

@@ -1,0 +1,58 @@
+"""Gram matrix of the inputs, X^T X.
+
+What it does: accumulates G = sum_t x_t x_t^T over all calibration tokens; the squared output error of any change D of
+    the weight is tr(D G D^T).
+Source: Hassibi & Stork 1992, "Second order derivatives for network pruning" (literature); as the Hessian of layer-wise
+    pruning in Frantar & Alistarh 2023, "SparseGPT", arXiv 2301.00774, section 3.
+Shapes: x [tokens, in] -> G [in, in] float64.
+Cost: tokens x in^2 multiplications (the upper half of blocks only); in^2 x 8 bytes, and x 4 while a sample is added.
+Deviations: the sum over tokens, not 2 / samples of it: every method that uses it scales it itself.
+Numbers: equals a direct float64 computation to 1e-6 (tests/unit/test_gram.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparsekit.contracts import Stat
+from sparsekit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_COLUMNS = 512  # columns of a block: large enough for full speed of the product, small enough to save near half of it
+_ROWS = 2048  # tokens summed in float32 before they are added to the float64 sums
+
+
+class Gram(Stat):
+    """Sum of outer products of the inputs."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features)
+        self._upper = torch.zeros(in_features, in_features, dtype=torch.float64)  # blocks on and above the diagonal
+
+    def update(self, x: Tensor) -> None:
+        """Add `x: [tokens, in]`."""
+        for first in range(0, x.shape[0], _ROWS):
+            rows = x[first : first + _ROWS]
+            for start in range(0, self.in_features, _COLUMNS):
+                end = min(start + _COLUMNS, self.in_features)
+                self._upper[start:end, start:] += rows[:, start:end].T @ rows[:, start:]
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Stat, scale: float = 1.0) -> None:
+        """Add `scale` times what `other` has seen."""
+        assert isinstance(other, Gram)  # noqa: S101  (the walker merges only statistics of one kind)
+        self._upper.add_(other._upper, alpha=scale)
+        self.tokens += round(scale * other.tokens)
+
+    @property
+    def matrix(self) -> Tensor:
+        """G, [in, in] float64, symmetric; a copy."""
+        upper = self._upper.triu()
+        return upper + upper.triu(1).T
+
+    @classmethod
+    def nbytes(cls, in_features: int) -> int:
+        """Return the bytes of the sums."""
+        return 8 * in_features**2

@@ -1,0 +1,56 @@
+"""The gram statistic against a direct float64 computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsekit.stats.gram import Gram
+
+
+def inputs(tokens=300, width=1100, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, width, generator=generator) * torch.logspace(-3, 2, width)
+
+
+def of(x, *pieces):
+    stat = Gram(x.shape[1])
+    for piece in x.split(list(pieces) or [len(x)]):
+        stat.update(piece)
+    return stat
+
+
+def assert_same(got, expected):
+    """Equal to float32 rounding, relative to the channels' own norms."""
+    scale = expected.diagonal().sqrt()
+    assert float(((got - expected) / torch.outer(scale, scale)).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("width", [1, 7, 512, 513, 1100])
+def test_equals_a_direct_computation(width):
+    x = inputs(width=width)
+    exact = x.double().T @ x.double()
+    got = of(x).matrix
+    assert torch.equal(got, got.T)
+    assert_same(got, exact)
+
+
+def test_is_independent_of_the_split_into_batches():
+    x = inputs()
+    whole, parts = of(x), of(x, 1, 99, 200)
+    assert whole.tokens == parts.tokens == 300
+    assert_same(parts.matrix, whole.matrix)
+
+
+def test_merging_adds_what_the_other_has_seen():
+    x = inputs()
+    first, second = of(x[:100]), of(x[100:])
+    first.merge(second)
+    assert_same(first.matrix, of(x).matrix)
+    first.merge(first, 0.5)
+    assert first.tokens == 450
+
+
+def test_nbytes_is_what_it_holds():
+    stat = of(inputs(width=64))
+    assert Gram.nbytes(64) == stat.matrix.numel() * 8
