@@ -1,13 +1,13 @@
-"""The product with a packed weight as one torch operator, `sparsekit::linear_packed`.
+"""Products as torch operators: `sparsekit::linear_packed` for packed weights, `sparsekit::linear_dense` for plain ones.
 
-Its CPU kernel is registered by the first of these that this installation allows:
+Their CPU kernels are registered by the first of these that this installation allows:
 
 1. `stable`: through libtorch's stable C interface (torch 2.10 and later);
-2. `ctypes`: a Python function that calls the library.
+2. `ctypes`: Python functions that call the library.
 
 `SPARSEKIT_BACKEND` forces one. Where the kernels are missing there is no packed weight: `pack` says so, and a caller
-unpacks and multiplies with torch. A fake kernel lets torch.compile trace the operator; its gradient with respect to
-the input unpacks the weight.
+unpacks and multiplies with torch. Fake kernels let torch.compile trace the operators, and both have gradients; that of
+a packed product with respect to its input unpacks the weight.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ from sparsekit.lazy import torch
 from sparsekit.runtime import native
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
-SCHEMA = "linear_packed(Tensor x, Tensor packed, Tensor? bias, int rows) -> Tensor"
+SCHEMAS = (
+    "linear_packed(Tensor x, Tensor packed, Tensor? bias, int rows) -> Tensor",
+    "linear_dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+)
 BACKENDS = ("stable", "ctypes")
 _KEPT: list[Any] = []  # registrations end when their Library object is collected
 
@@ -49,15 +54,51 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> Tensor:
         KernelsMissing: There are no kernels.
         RuntimeError: Shapes or dtypes do not fit.
     """
-    if not torch.compiler.is_compiling():
-        register()
-    result: Tensor = torch.ops.sparsekit.linear_packed.default(x, packed, bias, rows)
+    return _call("linear_packed", x, packed, bias, rows)
+
+
+def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `x @ weight.T + bias` by the streaming kernel, which is made for few tokens.
+
+    Args:
+        x: [..., cols], bf16, fp16 or fp32.
+        weight: [rows, cols], contiguous, of x's dtype.
+        bias: [rows] of x's dtype, or None.
+
+    Returns:
+        [..., rows] of x's dtype; sums as in `linear`.
+
+    Raises:
+        KernelsMissing: There are no kernels.
+        RuntimeError: Shapes or dtypes do not fit.
+    """
+    return _call("linear_dense", x, weight, bias)
+
+
+def _call(name: str, *arguments: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        traced: Tensor = getattr(torch.ops.sparsekit, name).default(*arguments)
+        return traced
+    operator = _operators()[name]
+    if torch.is_grad_enabled():
+        differentiable: Tensor = operator(*arguments)
+        return differentiable
+    # The gradient's part of the dispatcher is Python and costs more than all the rest of a call: go below it.
+    with torch._C._AutoDispatchBelowAutograd():
+        result: Tensor = operator(*arguments)
     return result
 
 
 @functools.lru_cache(maxsize=1)
+def _operators() -> dict[str, Callable[..., Tensor]]:
+    register()
+    names = [schema.partition("(")[0] for schema in SCHEMAS]
+    return {name: getattr(torch.ops.sparsekit, name).default for name in names}
+
+
+@functools.lru_cache(maxsize=1)
 def register() -> str:
-    """Define and implement the operator once; return the backend in use.
+    """Define and implement the operators once; return the backend in use.
 
     Raises:
         KernelsMissing: There are no kernels.
@@ -70,7 +111,8 @@ def register() -> str:
             f"no backend {wanted!r}", where="SPARSEKIT_BACKEND", hint=f"Use one of {', '.join(BACKENDS)}."
         )
     definition: Any = torch.library.Library("sparsekit", "FRAGMENT")  # type: ignore[no-untyped-call]
-    definition.define(SCHEMA)
+    for schema in SCHEMAS:
+        definition.define(schema)
     _KEPT.append(definition)
     backend = "stable" if wanted != "ctypes" and _register_stable(lib) else "ctypes"
     if wanted and backend != wanted:
@@ -80,9 +122,14 @@ def register() -> str:
             hint="Unset it, or install torch 2.10 or later.",
         )
     if backend == "ctypes":
-        definition.impl("linear_packed", _linear_ctypes, "CPU")
-    torch.library.register_fake("sparsekit::linear_packed", _fake, lib=definition)
-    torch.library.register_autograd("sparsekit::linear_packed", _backward, setup_context=_remember, lib=definition)
+        definition.impl("linear_packed", _packed_ctypes, "CPU")
+        definition.impl("linear_dense", _dense_ctypes, "CPU")
+    for name, fake, backward, remember in (
+        ("linear_packed", _packed_fake, _packed_backward, _packed_remember),
+        ("linear_dense", _dense_fake, _dense_backward, _dense_remember),
+    ):
+        torch.library.register_fake(f"sparsekit::{name}", fake, lib=definition)
+        torch.library.register_autograd(f"sparsekit::{name}", backward, setup_context=remember, lib=definition)
     return backend
 
 
@@ -105,44 +152,71 @@ def _register_stable(lib: ctypes.CDLL) -> bool:
     return bool(status == 0)
 
 
-def _linear_ctypes(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    found = native.info(packed)
+def _product(x: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> tuple[native.Call, Tensor, tuple[Any, ...]]:
+    """Return a call for a weight of this shape, its result, and what must stay alive while it runs."""
+    rows, cols = shape
     dtype = native.dtype_of(x.dtype)
-    if found.shape != (rows, x.shape[-1]):
-        raise RuntimeError(f"sparsekit::linear_packed: x {list(x.shape)} and rows {rows} for a weight {found.shape}")
+    if x.shape[-1] != cols:
+        raise RuntimeError(f"sparsekit: x {list(x.shape)} for a weight {[rows, cols]}")
     if bias is not None and (bias.dtype != x.dtype or bias.shape != (rows,)):
-        raise RuntimeError(f"sparsekit::linear_packed: bias must be {x.dtype} [{rows}], got {list(bias.shape)}")
+        raise RuntimeError(f"sparsekit: bias must be {x.dtype} [{rows}], got {bias.dtype} {list(bias.shape)}")
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
-    call = native.Call(
-        packed.data_ptr(),
-        packed.numel(),
-        x.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        math.prod(x.shape[:-1]),
-        x.shape[-1],
-        rows,
-        dtype,
-        dtype,
-        torch.get_num_threads(),
-    )
+    address = None if bias is None else bias.data_ptr()
+    tokens, threads = math.prod(x.shape[:-1]), torch.get_num_threads()
+    call = native.Call(None, 0, x.data_ptr(), address, y.data_ptr(), tokens, cols, rows, dtype, dtype, threads)
+    return call, y, (x, bias)
+
+
+def _packed_ctypes(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    found = native.info(packed)
+    if found.shape[0] != rows:
+        raise RuntimeError(f"sparsekit: the packed weight has {found.shape[0]} rows, not {rows}")
+    call, y, _kept = _product(x, bias, found.shape)
+    call.packed, call.packed_bytes = packed.data_ptr(), packed.numel()
     native.check(native.library().sk_linear(ctypes.byref(call)), "linear_packed")
     return y
 
 
-def _fake(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+def _packed_fake(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     return torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: Tensor) -> None:
+def _packed_remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
     ctx.has_bias = inputs[2] is not None
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
+def _packed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
     (packed,) = ctx.saved_tensors
     weight = native.unpack(packed).to(gradient.dtype)
-    bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.has_bias else None
-    return gradient @ weight, None, bias, None
+    return gradient @ weight, None, _bias_gradient(ctx, gradient), None
+
+
+def _bias_gradient(ctx: Any, gradient: Tensor) -> Tensor | None:
+    return gradient.flatten(0, -2).sum(0) if ctx.has_bias else None
+
+
+def _dense_ctypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if weight.dim() != 2 or weight.dtype != x.dtype or not weight.is_contiguous():
+        raise RuntimeError(f"sparsekit: weight must be a contiguous matrix of {x.dtype}")
+    rows, cols = weight.shape
+    call, y, _kept = _product(x, bias, (rows, cols))
+    status = native.library().sk_dense(ctypes.byref(call), weight.data_ptr(), rows, cols, call.x_dtype)
+    native.check(status, "linear_dense")
+    return y
+
+
+def _dense_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+
+
+def _dense_remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.has_bias = inputs[2] is not None
+
+
+def _dense_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    return gradient @ weight, gradient.flatten(0, -2).T @ x.flatten(0, -2), _bias_gradient(ctx, gradient)

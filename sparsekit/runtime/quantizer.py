@@ -31,6 +31,7 @@ from sparsekit.pack.files import PackedFile
 from sparsekit.pack.tensor import SHAPE
 from sparsekit.pack.verify import require_claims
 from sparsekit.runtime import native
+from sparsekit.runtime.dense import use_streaming
 from sparsekit.runtime.modules import SparseLinear
 
 METHOD = "sparsekit"
@@ -248,6 +249,8 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         # What was loaded through packed parts is saved through the architecture's own names.
         model._weight_conversions = None
+        if not self.quantization_config.dequantize:
+            use_streaming(model)
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:

@@ -31,7 +31,17 @@ for x in [*inputs, torch.randn(4, 2, 48)[:, 1]]:
         expected = torch.nn.functional.linear(x.double(), made.weight.double(), None if b is None else b.double())
         assert y.shape == expected.shape and y.dtype == x.dtype
         assert y.numel() == 0 or ((y.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-5).all()
-for bad in (lambda: ops.linear(x, packed, None, 63), lambda: ops.linear(x[..., :5], packed, None, 64),
+weight = made.weight
+for x in [x.bfloat16() for x in inputs]:
+    for b in (None, bias):
+        y = ops.linear_dense(x, weight, b)
+        expected = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+        assert y.shape == expected.shape and y.dtype == x.dtype and y.is_contiguous()
+        assert y.numel() == 0 or ((y.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-5).all()
+for bad in (lambda: ops.linear_dense(x, weight.T, None), lambda: ops.linear_dense(x, weight.float(), None),
+            lambda: ops.linear_dense(x, weight, bias[:5]), lambda: ops.linear_dense(x[..., :5], weight, None),
+            lambda: ops.linear_dense(x, weight[0], None),
+            lambda: ops.linear(x, packed, None, 63), lambda: ops.linear(x[..., :5], packed, None, 64),
             lambda: ops.linear(x, packed, bias[:5], 64), lambda: ops.linear(x, packed[:99], None, 64)):
     try:
         bad()
@@ -73,6 +83,14 @@ def test_operator_passes_torch_opcheck() -> None:
         torch.ops.sparsekit.linear_packed.default,
         (torch.randn(3, 48), made.pack(MemoryLayout.SPLIT), torch.randn(64), 64),
     )
+
+
+def test_dense_operator_passes_torch_opcheck() -> None:
+    ops.register()
+    weight, bias = torch.randn(64, 48, requires_grad=True), torch.randn(64, requires_grad=True)
+    x = torch.randn(2, 3, 48, requires_grad=True)
+    torch.library.opcheck(torch.ops.sparsekit.linear_dense.default, (x, weight, bias))
+    torch.library.opcheck(torch.ops.sparsekit.linear_dense.default, (x, weight, None))
 
 
 def test_gradient_of_the_input() -> None:

@@ -117,13 +117,15 @@ def test_infinities_and_nan_reach_the_output_as_in_dense(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dense_kernel(isa: str, dtype: torch.dtype) -> None:
-    for rows, cols in SHAPES:
+    for number, (rows, cols) in enumerate(SHAPES):
         weight = (torch.randn(rows, cols) * 0.02).to(dtype)
-        x = torch.randn(1, cols).bfloat16()
-        y = torch.full((1, rows), float("nan"))
-        call = native.Call(None, 0, x.data_ptr(), None, y.data_ptr(), 1, cols, rows, 0, 2, 2)
-        native.check(native.library().sk_dense(call, weight.data_ptr(), rows, cols, native.dtype_of(dtype)), "test")
-        assert largest_error(y, x, weight) < TOLERANCE, (rows, cols)
+        for tokens in (1, 2 + number % 5):  # up to four in one pass
+            x = torch.randn(tokens, cols).bfloat16()
+            y = torch.full((tokens, rows), float("nan"))
+            call = native.Call(None, 0, x.data_ptr(), None, y.data_ptr(), tokens, cols, rows, 0, 2, 2)
+            status = native.library().sk_dense(call, weight.data_ptr(), rows, cols, native.dtype_of(dtype))
+            native.check(status, "test")
+            assert largest_error(y, x, weight) < TOLERANCE, (rows, cols, tokens)
 
 
 def test_read_sums_all_bytes(isa: str) -> None:

@@ -95,12 +95,15 @@ void generic_micro(const void* a, const void* b, const void* x, int64_t steps, i
 }
 
 void generic_dense(const void* weight, int32_t dtype, int64_t cols, int64_t begin, int64_t end, const Input& x,
-                   float* out) {
-  for (int64_t r = begin; r < end; ++r) {
-    float sums[8] = {};
-    for (int64_t k = 0; k < cols; ++k) sums[k % 8] += to_float(weight, dtype, r * cols + k) * x.floats[k];
-    out[r - begin] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-  }
+                   int64_t x_stride, float* out, int64_t ld) {
+  for (int64_t r = begin; r < end; ++r)
+    for (int64_t t = 0; t < x.tokens; ++t) {
+      const float* v = x.floats + t * x_stride;
+      float sums[8] = {};
+      for (int64_t k = 0; k < cols; ++k) sums[k % 8] += to_float(weight, dtype, r * cols + k) * v[k];
+      out[t * ld + r - begin] =
+          ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+    }
 }
 
 void generic_store(const float* sums, const void* bias, int64_t count, int32_t dtype, void* y) {

@@ -18,6 +18,7 @@ constexpr int64_t kTileColumns = 4;  // block: columns of a tile
 constexpr int64_t kMaxFused = 16;   // tokens of the kernels that multiply while they decode
 constexpr int64_t kGroupTiles = 16; // int8, int4: tiles that share the scales of their rows: 64 columns
 constexpr int64_t kAnyTokens = INT64_MAX;  // of `fusable`: decoding first is never faster
+constexpr int64_t kDenseTokens = 4; // tokens of one pass over a plain matrix
 
 struct Header {  // at the start of a packed buffer, which is 8-byte aligned at least
   char magic[8];
@@ -108,9 +109,10 @@ struct Kernels {
   // acc [tokens][ld] (+)= panels a, b (16 rows each) times x [step][tokens], tokens <= 12.
   void (*micro)(const void* a, const void* b, const void* x, int64_t steps, int tokens, bool pairs, bool first,
                 float* acc, int64_t ld);
-  // Rows [begin, end) of a plain matrix times one token; bf16 pairs if x.pairs, else floats.
+  // out [tokens][ld] = rows [begin, end) of a plain matrix times 1..kDenseTokens tokens, which lie one after the other
+  // here: x [tokens][x_stride], stride in pairs or floats.
   void (*dense)(const void* weight, int32_t dtype, int64_t cols, int64_t begin, int64_t end, const Input& x,
-                float* out);
+                int64_t x_stride, float* out, int64_t ld);
   // y[i] = sums[i] + bias[i], rounded to dtype; bias of the same dtype, or null.
   void (*store)(const float* sums, const void* bias, int64_t count, int32_t dtype, void* y);
   uint64_t (*read)(const uint8_t* data, int64_t bytes);

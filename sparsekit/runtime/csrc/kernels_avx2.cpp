@@ -252,25 +252,47 @@ inline __m256 widen(const uint8_t* p, int32_t dtype) {
                          : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-void dense(const void* weight, int32_t dtype, int64_t cols, int64_t begin, int64_t end, const Input& x, float* out) {
+template <int T>
+void dense_tokens(const void* weight, int32_t dtype, int64_t cols, int64_t begin, int64_t end, const Input& x,
+                  int64_t x_stride, float* out, int64_t ld) {
+  constexpr int chains = T == 1 ? 4 : 2;  // sums for each token, to hide the latency of the multiplication
   const int64_t size = element_size(dtype);
-  for (int64_t r = begin; r < end; ++r) {
+  for (int64_t r = begin; r < end; ++r, ++out) {
     const uint8_t* row = static_cast<const uint8_t*>(weight) + r * cols * size;
-    __m256 sums[4];
-    for (auto& s : sums) s = _mm256_setzero_ps();
+    __m256 sums[T][chains] = {};
     int64_t k = 0;
     for (; k + 32 <= cols; k += 32) {
       prefetch(row + size * k + kAhead);
       if (size == 4) prefetch(row + size * k + kAhead + 64);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i)
-        sums[i] = _mm256_fmadd_ps(widen(row + size * (k + 8 * i), dtype), _mm256_loadu_ps(x.floats + k + 8 * i), sums[i]);
+      for (int i = 0; i < 4; ++i) {
+        const __m256 w = widen(row + size * (k + 8 * i), dtype);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          __m256& sum = sums[t][i % chains];
+          sum = _mm256_fmadd_ps(w, _mm256_loadu_ps(x.floats + t * x_stride + k + 8 * i), sum);
+        }
+      }
     }
-    alignas(32) float lanes[8];
-    _mm256_store_ps(lanes, _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
-    float sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
-    for (; k < cols; ++k) sum += to_float(row, dtype, k) * x.floats[k];
-    out[r - begin] = sum;
+    for (int t = 0; t < T; ++t) {
+      __m256 all = sums[t][0];
+      for (int i = 1; i < chains; ++i) all = _mm256_add_ps(all, sums[t][i]);
+      alignas(32) float lanes[8];
+      _mm256_store_ps(lanes, all);
+      float sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+      for (int64_t j = k; j < cols; ++j) sum += to_float(row, dtype, j) * x.floats[t * x_stride + j];
+      out[t * ld] = sum;
+    }
+  }
+}
+
+void dense(const void* weight, int32_t dtype, int64_t cols, int64_t begin, int64_t end, const Input& x,
+           int64_t x_stride, float* out, int64_t ld) {
+  switch (x.tokens) {
+    case 1: return dense_tokens<1>(weight, dtype, cols, begin, end, x, x_stride, out, ld);
+    case 2: return dense_tokens<2>(weight, dtype, cols, begin, end, x, x_stride, out, ld);
+    case 3: return dense_tokens<3>(weight, dtype, cols, begin, end, x, x_stride, out, ld);
+    case 4: return dense_tokens<4>(weight, dtype, cols, begin, end, x, x_stride, out, ld);
   }
 }
 

@@ -426,21 +426,42 @@ void micro(const void* a, const void* b, const void* x, int64_t steps, int token
 }
 
 // --- dense: one row at a time, so that the weight is one sequential stream -------------------------------------
-inline float row_pairs(const uint8_t* row, const uint32_t* x, int64_t cols) {
-  __m512 sums[4];
-  for (auto& s : sums) s = _mm512_setzero_ps();
+// Rows are multiplied with T tokens each time they are read. One token needs several sums to hide the latency of the
+// multiplication; four tokens are as many chains by themselves.
+constexpr int chains(int tokens) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
+
+template <int T>
+inline void reduce(__m512 (&sums)[T][chains(T)], float* out, int64_t ld) {
+  for (int t = 0; t < T; ++t) {
+    __m512 sum = sums[t][0];
+    for (int i = 1; i < chains(T); ++i) sum = _mm512_add_ps(sum, sums[t][i]);
+    out[t * ld] = _mm512_reduce_add_ps(sum);
+  }
+}
+
+template <int T>
+inline void row_pairs(const uint8_t* row, const uint32_t* x, int64_t stride, int64_t cols, float* out, int64_t ld) {
+  __m512 sums[T][chains(T)] = {};
   int64_t k = 0;
   for (; k + 128 <= cols; k += 128) {
     prefetch<4>(row + 2 * k + kAhead / 2);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
-      sums[i] = dot(sums[i], _mm512_loadu_si512(row + 2 * k + 64 * i), _mm512_loadu_si512(x + k / 2 + 16 * i));
+    for (int i = 0; i < 4; ++i) {
+      const __m512i w = _mm512_loadu_si512(row + 2 * k + 64 * i);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        __m512& sum = sums[t][i % chains(T)];
+        sum = dot(sum, w, _mm512_loadu_si512(x + t * stride + k / 2 + 16 * i));
+      }
+    }
   }
   for (; k < cols; k += 32) {
     const __mmask32 mask = cols - k >= 32 ? ~__mmask32(0) : (__mmask32(1) << (cols - k)) - 1;
-    sums[0] = dot(sums[0], _mm512_maskz_loadu_epi16(mask, row + 2 * k), _mm512_maskz_loadu_epi16(mask, x + k / 2));
+    const __m512i w = _mm512_maskz_loadu_epi16(mask, row + 2 * k);
+    for (int t = 0; t < T; ++t)
+      sums[t][0] = dot(sums[t][0], w, _mm512_maskz_loadu_epi16(mask, x + t * stride + k / 2));
   }
-  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+  reduce<T>(sums, out, ld);
 }
 
 inline __m512 widen(const uint8_t* p, int32_t dtype, __mmask16 mask) {
@@ -450,29 +471,54 @@ inline __m512 widen(const uint8_t* p, int32_t dtype, __mmask16 mask) {
                          : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-inline float row_floats(const uint8_t* row, int32_t dtype, const float* x, int64_t cols) {
+template <int T>
+inline void row_floats(const uint8_t* row, int32_t dtype, const float* x, int64_t stride, int64_t cols, float* out,
+                       int64_t ld) {
   const int64_t size = element_size(dtype);
-  __m512 sums[4];
-  for (auto& s : sums) s = _mm512_setzero_ps();
+  __m512 sums[T][chains(T)] = {};
   int64_t k = 0;
   for (; k + 64 <= cols; k += 64) {
     prefetch<2>(row + size * k + kAhead / 2);
     if (size == 4) prefetch<2>(row + size * k + kAhead / 2 + 128);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
-      sums[i] = _mm512_fmadd_ps(widen(row + size * (k + 16 * i), dtype, 0xffff), _mm512_loadu_ps(x + k + 16 * i), sums[i]);
+    for (int i = 0; i < 4; ++i) {
+      const __m512 w = widen(row + size * (k + 16 * i), dtype, 0xffff);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        __m512& sum = sums[t][i % chains(T)];
+        sum = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + t * stride + k + 16 * i), sum);
+      }
+    }
   }
   for (; k < cols; k += 16) {
     const __mmask16 mask = cols - k >= 16 ? __mmask16(0xffff) : __mmask16((1 << (cols - k)) - 1);
-    sums[0] = _mm512_fmadd_ps(widen(row + size * k, dtype, mask), _mm512_maskz_loadu_ps(mask, x + k), sums[0]);
+    const __m512 w = widen(row + size * k, dtype, mask);
+    for (int t = 0; t < T; ++t)
+      sums[t][0] = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(mask, x + t * stride + k), sums[t][0]);
   }
-  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+  reduce<T>(sums, out, ld);
 }
 
-void dense(const void* weight, int32_t dtype, int64_t cols, int64_t begin, int64_t end, const Input& x, float* out) {
-  const uint8_t* row = static_cast<const uint8_t*>(weight) + begin * cols * element_size(dtype);
-  for (int64_t r = begin; r < end; ++r, row += cols * element_size(dtype))
-    out[r - begin] = x.pairs ? row_pairs(row, x.pairs, cols) : row_floats(row, dtype, x.floats, cols);
+template <int T>
+void dense_tokens(const void* weight, int32_t dtype, int64_t cols, int64_t begin, int64_t end, const Input& x,
+                  int64_t x_stride, float* out, int64_t ld) {
+  const int64_t row_bytes = cols * element_size(dtype);
+  const uint8_t* row = static_cast<const uint8_t*>(weight) + begin * row_bytes;
+  for (int64_t r = begin; r < end; ++r, row += row_bytes, ++out)
+    if (x.pairs)
+      row_pairs<T>(row, x.pairs, x_stride, cols, out, ld);
+    else
+      row_floats<T>(row, dtype, x.floats, x_stride, cols, out, ld);
+}
+
+void dense(const void* weight, int32_t dtype, int64_t cols, int64_t begin, int64_t end, const Input& x,
+           int64_t x_stride, float* out, int64_t ld) {
+  switch (x.tokens) {
+    case 1: return dense_tokens<1>(weight, dtype, cols, begin, end, x, x_stride, out, ld);
+    case 2: return dense_tokens<2>(weight, dtype, cols, begin, end, x, x_stride, out, ld);
+    case 3: return dense_tokens<3>(weight, dtype, cols, begin, end, x, x_stride, out, ld);
+    case 4: return dense_tokens<4>(weight, dtype, cols, begin, end, x, x_stride, out, ld);
+  }
 }
 
 uint64_t read(const uint8_t* data, int64_t bytes) {

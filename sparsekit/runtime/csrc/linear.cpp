@@ -224,15 +224,16 @@ int sk_dense(const sk_call* call, const void* weight, int64_t rows, int64_t cols
   if (!sk::sound(*call, rows, cols)) return SK_BAD_ARGUMENT;
   const sk::Kernels& k = sk::kernels();
   const bool pairs = k.pairs && w_dtype == SK_BF16 && call->x_dtype == SK_BF16;
-  for (int64_t t = 0; t < call->tokens; ++t) {
+  for (int64_t first = 0; first < call->tokens; first += sk::kDenseTokens) {
+    const int64_t tokens = call->tokens - first < sk::kDenseTokens ? call->tokens - first : sk::kDenseTokens;
     sk::Prepared x;
-    if (!sk::prepare(*call, cols, t, 1, 1, pairs, x)) return SK_NO_MEMORY;
+    if (!sk::prepare(*call, cols, first, tokens, 1, pairs, x)) return SK_NO_MEMORY;
     auto work = [&](int64_t begin, int64_t end, int) {
-      alignas(64) float sums[64];
+      alignas(64) float sums[sk::kDenseTokens][64];
       for (int64_t r = begin; r < end; r += 64) {
         const int64_t last = r + 64 < end ? r + 64 : end;
-        k.dense(weight, w_dtype, cols, r, last, x.input, sums);
-        sk::store(k, *call, t, r, last - r, sums);
+        k.dense(weight, w_dtype, cols, r, last, x.input, x.steps, sums[0], 64);
+        for (int64_t t = 0; t < tokens; ++t) sk::store(k, *call, first + t, r, last - r, sums[t]);
       }
     };
     sk::for_each(call->threads, rows, rows >= 512 ? 64 : 16, work);

@@ -104,7 +104,7 @@ SK_API int sk_dense(const sk_call* call, const void* weight, int64_t rows, int64
 /* Reads `bytes` bytes and returns a checksum: the memory bandwidth a kernel can hope for. */
 SK_API uint64_t sk_read(const void* data, int64_t bytes, int threads);
 
-/* Registers the CPU kernel of the torch operator sparsekit::linear_packed (whose schema exists already) through
+/* Registers the CPU kernels of the torch operators sparsekit::linear_* (whose schemas exist already) through
    libtorch's stable C interface. `addresses` are those of sk_torch_symbol(0 .. count - 1) in the libtorch that is
    loaded, `dtypes` its numbers of bf16, fp16 and fp32, `torch_version` its version as it encodes it. */
 SK_API const char* sk_torch_symbol(int index);

@@ -1,4 +1,4 @@
-// sparsekit::linear_packed as a torch operator, through libtorch's stable C interface.
+// sparsekit::linear_packed and linear_dense as torch operators, through libtorch's stable C interface.
 //
 // No torch header is needed: the functions below are C functions that libtorch promises to keep, and Python passes
 // their addresses. So one library serves every torch that has them; for an older one Python registers the operator.
@@ -38,7 +38,7 @@ constexpr int kSymbolCount = int(sizeof kSymbols / sizeof kSymbols[0]);
 static_assert(sizeof(Torch) == kSymbolCount * sizeof(void*), "one address for each symbol");
 int32_t dtypes[3];  // torch's numbers of SK_BF16, SK_F16, SK_F32
 
-[[noreturn]] void fail(const std::string& what) { throw std::runtime_error("sparsekit::linear_packed: " + what); }
+[[noreturn]] void fail(const std::string& what) { throw std::runtime_error("sparsekit: " + what); }
 void ok(Error error) {
   if (error) fail("libtorch call failed");
 }
@@ -104,44 +104,97 @@ Handle optional_tensor(uint64_t value) {
   return handle;
 }
 
+// An input in order of its indices, and how many tokens it has.
+struct Activations {
+  const Argument& x;
+  std::vector<char> copy;
+  int64_t tokens = 1;
+
+  Activations(const Argument& input, int64_t cols) : x(input) {
+    if (x.dtype < 0 || x.dim < 1 || x.sizes[x.dim - 1] != cols)
+      fail("x must be bf16, fp16 or fp32 with a last dimension of " + std::to_string(cols));
+    if (!x.contiguous()) copy = x.gathered();
+    for (int64_t d = 0; d < x.dim - 1; ++d) tokens *= x.sizes[d];
+  }
+  const char* data() const { return copy.empty() ? x.data : copy.data(); }
+};
+
+void check_bias(const Argument& bias, const Argument& x, int64_t rows) {
+  if (bias.handle && (bias.dtype != x.dtype || bias.count() != rows || !bias.contiguous()))
+    fail("bias must have the dtype of x and " + std::to_string(rows) + " elements");
+}
+
+// The result [..., rows]; deleted unless it is taken.
+struct Output {
+  Handle handle = nullptr;
+  void* data = nullptr;
+
+  Output(const Argument& x, int64_t rows) {
+    std::vector<int64_t> sizes(x.sizes, x.sizes + x.dim), strides(size_t(x.dim), 1);
+    sizes.back() = rows;
+    for (int64_t d = x.dim - 2; d >= 0; --d)
+      strides[size_t(d)] = strides[size_t(d) + 1] * (sizes[size_t(d) + 1] > 1 ? sizes[size_t(d) + 1] : 1);
+    ok(torch.empty_strided(x.dim, sizes.data(), strides.data(), dtypes[x.dtype], 0, 0, &handle));
+    if (torch.get_data_ptr(handle, &data)) {
+      torch.delete_tensor(handle);
+      fail("libtorch call failed");
+    }
+  }
+  Output(const Output&) = delete;
+  Output& operator=(const Output&) = delete;
+  ~Output() {
+    if (handle) torch.delete_tensor(handle);
+  }
+  uint64_t take() {
+    const uint64_t value = reinterpret_cast<uint64_t>(handle);
+    handle = nullptr;
+    return value;
+  }
+};
+
+sk_call product(const Activations& a, const Argument& bias, const Output& y, int64_t rows, int64_t cols) {
+  uint32_t threads = 1;
+  ok(torch.get_threads(&threads));
+  return {nullptr, 0, a.data(), bias.data, y.data, a.tokens, cols, rows, a.x.dtype, a.x.dtype, int32_t(threads)};
+}
+
+void done(int status) {
+  if (status != SK_OK) fail("the kernels refused the call with status " + std::to_string(status));
+}
+
 // linear_packed(Tensor x, Tensor packed, Tensor? bias, int rows) -> Tensor
 void linear_packed(uint64_t* stack, uint64_t inputs, uint64_t outputs) {
-  if (inputs != 4 || outputs != 1) fail("registered with another schema");
+  if (inputs != 4 || outputs != 1) fail("linear_packed registered with another schema");
   const Argument x(reinterpret_cast<Handle>(stack[0])), packed(reinterpret_cast<Handle>(stack[1]));
   const Argument bias(optional_tensor(stack[2]));
   const int64_t rows = int64_t(stack[3]);
   View w;
   if (!packed.contiguous() || parse(packed.data, packed.count(), &w) != SK_OK) fail("not a packed weight");
   if (w.rows != rows) fail("the packed weight has " + std::to_string(w.rows) + " rows, not " + std::to_string(rows));
-  if (x.dtype < 0 || x.dim < 1 || x.sizes[x.dim - 1] != w.cols)
-    fail("x must be bf16, fp16 or fp32 with a last dimension of " + std::to_string(w.cols));
-  if (bias.handle && (bias.dtype != x.dtype || bias.count() != rows || !bias.contiguous()))
-    fail("bias must have the dtype of x and " + std::to_string(rows) + " elements");
-  std::vector<int64_t> sizes(x.sizes, x.sizes + x.dim), strides(size_t(x.dim), 1);
-  sizes.back() = rows;
-  int64_t tokens = 1;
-  for (int64_t d = x.dim - 2; d >= 0; --d) {
-    strides[size_t(d)] = strides[size_t(d) + 1] * (sizes[size_t(d) + 1] > 1 ? sizes[size_t(d) + 1] : 1);
-    tokens *= sizes[size_t(d)];
-  }
-  std::vector<char> copy;
-  if (!x.contiguous()) copy = x.gathered();
-  Handle y;
-  ok(torch.empty_strided(x.dim, sizes.data(), strides.data(), dtypes[x.dtype], 0, 0, &y));
-  void* out;
-  uint32_t threads = 1;
-  if (torch.get_data_ptr(y, &out) || torch.get_threads(&threads)) {
-    torch.delete_tensor(y);
-    fail("libtorch call failed");
-  }
-  const sk_call call = {packed.data, packed.count(), copy.empty() ? x.data : copy.data(), bias.data, out,
-                        tokens,      w.cols,         rows,  x.dtype, x.dtype, int32_t(threads)};
-  const int status = sk_linear(&call);
-  if (status != SK_OK) {
-    torch.delete_tensor(y);
-    fail("the kernels refused the call with status " + std::to_string(status));
-  }
-  stack[0] = reinterpret_cast<uint64_t>(y);
+  const Activations input(x, w.cols);
+  check_bias(bias, x, rows);
+  Output y(x, rows);
+  sk_call call = product(input, bias, y, rows, w.cols);
+  call.packed = packed.data;
+  call.packed_bytes = packed.count();
+  done(sk_linear(&call));
+  stack[0] = y.take();
+}
+
+// linear_dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor
+void linear_dense(uint64_t* stack, uint64_t inputs, uint64_t outputs) {
+  if (inputs != 3 || outputs != 1) fail("linear_dense registered with another schema");
+  const Argument x(reinterpret_cast<Handle>(stack[0])), weight(reinterpret_cast<Handle>(stack[1]));
+  const Argument bias(optional_tensor(stack[2]));
+  if (weight.dim != 2 || weight.dtype < 0 || weight.dtype != x.dtype || !weight.contiguous())
+    fail("weight must be a contiguous matrix of the dtype of x");
+  const int64_t rows = weight.sizes[0], cols = weight.sizes[1];
+  const Activations input(x, cols);
+  check_bias(bias, x, rows);
+  Output y(x, rows);
+  const sk_call call = product(input, bias, y, rows, cols);
+  done(sk_dense(&call, weight.data, rows, cols, weight.dtype));
+  stack[0] = y.take();
 }
 
 }  // namespace
@@ -161,6 +214,7 @@ int sk_torch_register(void* const* addresses, int count, const int32_t* dtypes, 
   void* library = nullptr;  // lives as long as the process, as the registration does
   if (sk::torch.init_impl("sparsekit", "CPU", __FILE__, __LINE__, &library)) return SK_UNSUPPORTED;
   if (sk::torch.implement(library, "linear_packed", sk::linear_packed, torch_version)) return SK_UNSUPPORTED;
+  if (sk::torch.implement(library, "linear_dense", sk::linear_dense, torch_version)) return SK_UNSUPPORTED;
   return SK_OK;
 }
 }
