@@ -1,13 +1,20 @@
-"""A Llama of a billion parameters with random weights: TinyLlama-1.1B's shape, as a transformers folder and as GGUF."""
+"""A Llama of a billion parameters with random weights: TinyLlama-1.1B's shape, as a transformers folder and as GGUF.
+
+billion.py dense FOLDER
+billion.py gguf FOLDER FILE
+billion.py compare FOLDER LOGITS PROMPT_TOKENS    prints the relative error of llamacpp_job.py's logits
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import gguf
 import torch
+from prompt import VOCABULARY, prompt
 from safetensors.torch import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 CONFIG = LlamaConfig(
     hidden_size=2048,
@@ -15,7 +22,7 @@ CONFIG = LlamaConfig(
     num_hidden_layers=22,
     num_attention_heads=32,
     num_key_value_heads=4,
-    vocab_size=32000,
+    vocab_size=VOCABULARY,
     max_position_embeddings=2048,
     tie_word_embeddings=False,
     dtype="bfloat16",
@@ -70,7 +77,7 @@ def write_gguf(folder: Path, path: Path) -> None:
     out.add_head_count_kv(CONFIG.num_key_value_heads)
     out.add_layer_norm_rms_eps(CONFIG.rms_norm_eps)
     out.add_rope_dimension_count(CONFIG.head_dim)
-    out.add_rope_freq_base(10000.0)
+    out.add_rope_freq_base(CONFIG.rope_parameters["rope_theta"])
     out.add_vocab_size(CONFIG.vocab_size)
     out.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     out.add_tokenizer_model("none")
@@ -90,3 +97,27 @@ def write_gguf(folder: Path, path: Path) -> None:
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
+
+
+def compare(folder: Path, logits: Path, count: int) -> float:
+    """Return the relative error of float32 logits after a prompt of `count` tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt(count)]), logits_to_keep=1).logits[0, -1].float()
+    got = torch.frombuffer(bytearray(logits.read_bytes()), dtype=torch.float32)
+    return float((got - expected).norm() / expected.norm())
+
+
+def main() -> None:
+    """Run one of the commands."""
+    command, folder, *rest = sys.argv[1:]
+    if command == "dense":
+        write_dense(Path(folder))
+    elif command == "gguf":
+        write_gguf(Path(folder), Path(rest[0]))
+    else:
+        print(compare(Path(folder), Path(rest[0]), int(rest[1])))
+
+
+if __name__ == "__main__":
+    main()

@@ -17,8 +17,7 @@ from statistics import median
 from time import perf_counter
 
 import llama_cpp.llama_cpp as llama
-
-VOCABULARY = 32000
+from prompt import VOCABULARY, prompt
 
 
 def quantise(source: str, target: str, kind: str) -> None:
@@ -27,11 +26,6 @@ def quantise(source: str, target: str, kind: str) -> None:
     params.ftype = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{kind}")
     if llama.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)):
         sys.exit(f"error: llama.cpp could not write {target} as {kind}")
-
-
-def prompt(count: int) -> list[int]:
-    """Return the ids of the prompt, the same for every runtime."""
-    return [(7919 * i + 1) % VOCABULARY for i in range(count)]
 
 
 class Model:
