@@ -311,7 +311,8 @@ def allocate(nbytes: int) -> Tensor:
     """
     if nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(nbytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes + _HUGE)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # Python's default is shared memory, which gets no huge pages
+    memory = mmap.mmap(-1, nbytes + _HUGE, flags=private)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE
     with contextlib.suppress(OSError):  # a kernel without them: ordinary pages do
         memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE * _HUGE)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,6 +144,17 @@ def test_large_buffers_lie_on_huge_page_boundaries_and_are_writable() -> None:
     assert buffer.numel() == (5 << 20) + 3
     buffer.fill_(3)
     assert int(buffer.clone().sum()) == 3 * buffer.numel()
+
+
+def test_large_buffers_get_huge_pages() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.is_file() or "[never]" in setting.read_text():
+        pytest.skip("this kernel gives no huge pages")
+    buffer = native.allocate(8 << 20)
+    regions = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())[1:]
+    bounds = ((int(text, 16) for text in region.split(maxsplit=1)[0].split("-")) for region in regions)
+    holds = [start <= buffer.data_ptr() < end for start, end in bounds]
+    assert re.search(r"THPeligible:\s+1", regions[holds.index(True)])
 
 
 def test_threads_do_not_change_the_packing() -> None:
