@@ -12,9 +12,9 @@ from typing import Any
 
 from sparsekit import fs
 from sparsekit.assemble import is_packed, shard_names, write_model_files
+from sparsekit.calibration import calibration_blocks
 from sparsekit.checkpoint.staging import StagedCheckpoint, is_finished, recover
-from sparsekit.data.blocks import load_blocks
-from sparsekit.data.documents import TextSpec
+from sparsekit.data import TextSpec, load_blocks
 from sparsekit.data.packing import TokenBlocks
 from sparsekit.describe import (
     base,
@@ -25,7 +25,7 @@ from sparsekit.describe import (
     tools,
     weights_bytes,
 )
-from sparsekit.errors import CalibrationError, OutputExists, UsageError
+from sparsekit.errors import OutputExists, UsageError
 from sparsekit.evaluate.evaluation import EvaluationReport, EvaluationRequest, evaluate
 from sparsekit.evaluate.gates import GatesSpec, check
 from sparsekit.evaluate.harness import find_tasks
@@ -92,7 +92,7 @@ def execute(
         reporter.note(note)
     _require_memory(prepared, evaluation=evaluation)
     fs.require_space(out, prepared.cost.disk_bytes, "the checkpoint")
-    blocks = _calibration(prepared, reporter) if prepared.needs_data else None
+    blocks = calibration_blocks(prepared, reporter) if prepared.needs_data else None
     if evaluation:
         _check_evaluation(prepared, reporter)
     prepared.source.forget_tokenizer()  # the evaluation, long after, reads it again
@@ -192,22 +192,6 @@ def _require_memory(prepared: Prepared, *, evaluation: bool) -> None:
             "measuring the pruned beside the dense model",
             "Add --no-evaluate, and measure with sparsekit eval where there is more memory.",
         )
-
-
-def _calibration(prepared: Prepared, reporter: Reporter) -> TokenBlocks:
-    spec = TextSpec(**prepared.recipe.calibration.model_dump())
-    source = prepared.source
-    blocks = load_blocks(
-        spec, source.tokenizer, model_max_length=source.max_length, part="calibration", reporter=reporter
-    )
-    highest, vocabulary = int(blocks.ids.max()), prepared.model.vocabulary
-    if highest >= vocabulary:
-        raise CalibrationError(
-            f"token id {highest:,} does not exist in the model's vocabulary of {vocabulary:,}",
-            where=blocks.source,
-            hint="Use the tokenizer that belongs to the model.",
-        )
-    return blocks
 
 
 def _identity(prepared: Prepared, blocks: TokenBlocks | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from sparsekit.data import builtin, files, hub
 from sparsekit.data.documents import Documents, Part, TextSpec
+from sparsekit.data.own_text import SOURCE as OWN_TEXT
 from sparsekit.data.packing import TokenBlocks, pack
 from sparsekit.errors import CalibrationError
 from sparsekit.progress import Reporter, Silent
@@ -56,6 +57,12 @@ def _sequence_length(spec: TextSpec, model_max_length: int) -> int:
 
 
 def _documents(spec: TextSpec, part: Part, reporter: Reporter) -> Documents:
+    if spec.source == OWN_TEXT:
+        raise CalibrationError(
+            "text that the model writes itself serves for calibration only",
+            where=OWN_TEXT,
+            hint="Measure on another source, such as builtin.",
+        )
     if spec.source == "builtin":
         if spec.config or spec.split or spec.field:
             raise CalibrationError(

@@ -47,7 +47,9 @@ class CalibrationSpec(Section):
     """Text that methods are calibrated on."""
 
     source: str = Field(
-        default="c4", min_length=1, description="Hub data set id, `builtin`, or a path or glob of text files"
+        default="c4",
+        min_length=1,
+        description="Hub data set id, `builtin`, `self` (the model writes it), or a path or glob of text files",
     )
     config: str | None = Field(default=None, description="configuration of a Hub data set")
     split: str | None = Field(default=None, description="split of a Hub data set")

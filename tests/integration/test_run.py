@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsekit import describe, run
 from sparsekit.checkpoint.verify import verify
-from sparsekit.errors import OutputExists, ResumeMismatch
+from sparsekit.errors import CalibrationError, OutputExists, ResumeMismatch, TooFewTokens
 from sparsekit.models.source import open_model
+from sparsekit.plan import check_tokens
 from sparsekit.prepared import prepare
 from sparsekit.progress import Silent
 from sparsekit.recipe.load import load_recipe
@@ -85,6 +86,11 @@ def test_a_pruned_model_loads_with_plain_transformers(family, tmp_path):
         ("wanda-50", ["stages.0.sparsity=0"]),
         ("wanda-50", ["stages.0.sparsity=1"]),
         ("wanda-50", ["stages.0.sparsity=0.99"]),
+        ("sparsegpt-50", []),
+        ("sparsegpt-2of4", []),
+        ("sparsegpt-50", ["stages.0.pattern=4x2", "stages.0.strip=32"]),
+        ("wanda-60", ["stages.0.update=obs"]),
+        ("magnitude-50", ["stages.0.update={method: obs, damping: 0.05}", "calibration.source=self"]),
     ],
 )
 def test_every_method_pattern_and_level_keeps_exact_counts(recipe, sets, llama, tmp_path):
@@ -302,3 +308,31 @@ def test_a_packed_run_killed_in_the_middle_goes_on_bit_identically(family, tmp_p
     assert not dense
     assert "import sparsekit" in (tmp_path / "out/README.md").read_text()
     assert "import sparsekit" not in (tmp_path / "dense/README.md").read_text()
+
+
+def test_calibration_text_of_the_model_itself_is_named_and_repeats(llama, tmp_path):
+    first = prune(llama, tmp_path / "a", sets=["calibration.source=self"]).report
+    second = prune(llama, tmp_path / "b", sets=["calibration.source=self"]).report
+    assert first["calibration"]["source"] == "written by the model itself (seed 0)"
+    assert first["calibration"]["tokens"] == 96
+    assert first["calibration"]["fingerprint"] == second["calibration"]["fingerprint"]
+    assert first["stages"][0]["linears"].keys() == second["stages"][0]["linears"].keys()
+    with pytest.raises(CalibrationError, match="config, split and field"):
+        prune(llama, tmp_path / "c", sets=["calibration.source=self", "calibration.split=train"])
+
+
+def test_a_solver_refuses_too_few_tokens_and_advises_more(llama):
+    prepared = prepare(load_recipe("sparsegpt-50", SMALL), open_model(str(llama), Silent()))
+    width = json.loads((llama / "config.json").read_text())["intermediate_size"]
+    told = f"calibration tokens for {width} inputs of model.layers.0.mlp.down_proj"
+    assert prepared.notes == (f"96 {told}: sparsegpt is better with {4 * width} or more",)
+    with pytest.raises(
+        TooFewTokens, match=f"sparsegpt needs at least {width // 8} tokens, got {width // 8 - 1} {told}"
+    ):
+        check_tokens(prepared.plans[0], width // 8 - 1, where="stages.0")
+
+
+def test_a_solver_reports_the_true_output_error(llama, tmp_path):
+    facts = prune(llama, tmp_path / "out", "sparsegpt-50").report["stages"][0]["linears"]
+    assert all(0 < linear["output_error"] < 1 for linear in facts.values())
+    assert all("output_error_diagonal" not in linear for linear in facts.values())
