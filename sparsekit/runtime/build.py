@@ -64,6 +64,8 @@ def units(machine: str) -> list[Unit]:
             Unit("kernels_avx512", ("-march=x86-64", *_AVX512)),
             Unit("kernels_avx512", ("-march=x86-64", *_AVX512, "-mavx512bf16", "-DSK_WITH_BF16"), "_bf16"),
         ]
+    if machine in {"aarch64", "arm64"}:
+        return [*plain, Unit("kernels_neon", ("-march=armv8-a",))]
     return plain
 
 

@@ -20,7 +20,10 @@ def test_every_unit_has_a_source_and_only_the_kernels_get_an_instruction_set() -
         "kernels_avx512_bf16"
     }
     assert not any("native" in flag for given in flags.values() for flag in given)
-    assert all(unit.flags == () for unit in build.units("aarch64"))
+    assert {unit.source: unit.flags for unit in build.units("aarch64") if unit.flags} == {
+        "kernels_neon": ("-march=armv8-a",)
+    }
+    assert all(unit.flags == () for unit in build.units("riscv64"))
 
 
 def test_the_library_carries_the_hash_of_its_sources() -> None:

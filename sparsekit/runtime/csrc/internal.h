@@ -123,6 +123,8 @@ extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
 extern const QuantisedKernels kQuantisedAvx2, kQuantisedAvx512;
+#elif defined(__aarch64__)
+extern const Kernels kNeon;
 #endif
 extern const QuantisedKernels kQuantisedPortable;
 

@@ -37,6 +37,8 @@ const Choice kChoices[] = {
     {&kAvx2, has_avx2},
     {&kAvx512, has_avx512},
     {&kAvx512Bf16, has_avx512bf16},
+#elif defined(__aarch64__)
+    {&kNeon, always},  // part of every such processor
 #endif
 };
 constexpr int kCount = int(sizeof kChoices / sizeof kChoices[0]);

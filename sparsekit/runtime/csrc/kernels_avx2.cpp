@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "generic.h"
+#include "shuffles.h"
 
 namespace sk {
 namespace {
@@ -12,21 +13,6 @@ inline __m256 odd(__m256i pairs) {
 }
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 constexpr int kAhead = 2048;
-
-// For each mask of eight 16-bit places: the byte shuffle that moves packed values to them, 0x80 for holes.
-struct alignas(64) Shuffles {
-  uint8_t bytes[256][16];
-  constexpr Shuffles() : bytes() {  // constexpr: nothing here may run before the processor has been asked
-    for (int mask = 0; mask < 256; ++mask)
-      for (int place = 0, from = 0; place < 8; ++place) {
-        const bool set = mask >> place & 1;
-        bytes[mask][2 * place] = uint8_t(set ? 2 * from : 0x80);
-        bytes[mask][2 * place + 1] = uint8_t(set ? 2 * from + 1 : 0x80);
-        from += set;
-      }
-  }
-};
-constexpr Shuffles shuffles;
 
 // 16 places (8 rows x 2 columns of bf16 or fp16) from the packed values at base + 2 at.
 inline __m256i expand16(const uint8_t* base, uint64_t& at, uint32_t mask) {

@@ -75,7 +75,7 @@ typedef void (*sk_runner)(void* context, int threads, sk_body body, void* argume
 SK_API int sk_abi_version(void);
 SK_API const char* sk_build_id(void);
 
-/* Instruction sets: names ("portable", "avx2", "avx512", "avx512bf16") by rank, null past the end. */
+/* Instruction sets: names ("portable", "avx2", "avx512", "avx512bf16"; "portable", "neon") by rank, null past the end. */
 SK_API const char* sk_isa_name(int index);
 SK_API int sk_isa_supported(const char* name); /* compiled in and runnable here */
 SK_API int sk_isa_use(const char* name);       /* null: the best; returns a status */
