@@ -217,6 +217,18 @@ def read(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) ->
         HeaderError: The entry is not one, or names a layout, encoding or dtype that does not exist.
         SparsekitError: As `validate`.
     """
+    packed = from_entry(facts, tensors, where)
+    validate(packed, where)
+    return packed
+
+
+def from_entry(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> PackedTensor:
+    """Build a packed tensor whose tensors nobody has looked at yet: `read` without `validate`.
+
+    Raises:
+        HeaderError: The entry is not one, or names a layout, encoding or dtype that does not exist.
+        PatternViolation: The pattern does not exist.
+    """
     layout, encoding = form_of(facts, where)
     shape, nnz, transposed = facts.get("shape"), facts.get("nnz"), facts.get("transposed", False)
     if not isinstance(shape, list | tuple) or len(shape) != 2 or not all(_is_count(size, _LONGEST) for size in shape):
@@ -231,11 +243,9 @@ def read(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) ->
     if error is not None and not isinstance(error, int | float):
         raise HeaderError(f"error is {error!r}, needed a number", where=where)
     pattern = _typed(where, lambda: parse_pattern(text))
-    packed = PackedTensor(
+    return PackedTensor(
         layout, encoding, (shape[0], shape[1]), dtype, pattern, int(str(nnz)), transposed, dict(tensors), error
     )
-    validate(packed, where)
-    return packed
 
 
 def check_removed(weight: Tensor, keep: Tensor, where: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from sparsekit.pack.bits import pack_mask
-from sparsekit.pack.types import as_bits
+from sparsekit.errors import ShapeMismatch
 from sparsekit.runtime import native, ops
+from sparsekit.runtime.repack import pack_dense
 
 DENSE_FROM_TOKENS = 64
 """From so many tokens on, arithmetic limits a product, not the reading of the weight. Where the kernels have no bf16
@@ -18,65 +20,122 @@ arithmetic, torch's dense product of the unpacked weight is then the faster one.
 class SparseLinear(nn.Module):
     """`y = x W^T + b` with W packed for this processor's kernels.
 
-    Assigning `weight` packs it; reading `weight` unpacks it, bit for bit. Until it is assigned, `weight` is an ordinary
-    parameter, so that loaders find the layer as they find `nn.Linear`.
+    Assigning `weight` packs it; reading `weight` unpacks a copy, which cannot be trained. Until it is assigned,
+    `weight` is an ordinary parameter, so that loaders find the layer as they find the dense one. State dicts hold the
+    dense weight. Gradients flow to the input.
+
+    x may be bf16, fp16 or fp32, and y has its dtype. `.to(dtype)` moves the bias and changes what `weight` reads as;
+    the packed values stay as they are.
 
     Attributes:
         in_features, out_features: Shape of the weight, [out, in].
+        transposed: `weight` is [in, out], as in the Conv1D of GPT-2.
+        dtype: Dtype that `weight` has when it is read; the packed values may be narrower where that is exact.
         packed: u8 buffer that the kernels read; None until there is a weight.
         bias: [out] or None.
     """
 
-    def __init__(self, dense: nn.Linear) -> None:
+    def __init__(self, dense: nn.Module, *, transposed: bool = False) -> None:
+        """Take the place of `dense`, an nn.Linear or, if `transposed`, a layer with weight [in, out]."""
         super().__init__()
-        self.in_features = dense.in_features
-        self.out_features = dense.out_features
         weight: Any = dense.weight  # a Parameter, which torch types as Tensor
+        self.transposed = transposed
+        self.out_features, self.in_features = reversed(weight.shape) if transposed else weight.shape
+        self.dtype = weight.dtype
         self.register_parameter("weight", weight)
-        self.register_parameter("bias", dense.bias)
-        self.packed: Tensor | None = None
+        self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
+        self.register_buffer("packed", None)
+        if not weight.is_meta:
+            self.weight = weight
+
+    def hold(self, packed: Tensor, dtype: torch.dtype) -> None:
+        """Multiply with `packed`, a buffer of `native.pack`, from now on.
+
+        Raises:
+            ShapeMismatch: It holds a weight of another shape.
+        """
+        shape = native.info(packed).shape
+        if shape != (self.out_features, self.in_features):
+            raise ShapeMismatch(f"packed weight of {shape} for a layer {self.out_features, self.in_features}")
+        self._parameters.pop("weight", None)
+        self.packed, self.dtype = packed, dtype
+
+    def dense(self) -> nn.Module:
+        """Return the ordinary layer that this one stands for."""
+        if self.transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            layer: nn.Module = Conv1D(self.out_features, self.in_features)
+        else:
+            layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(self.weight)
+        layer.register_parameter("bias", self.bias)
+        return layer
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Pack what is assigned to `weight`."""
         if name == "weight" and isinstance(value, Tensor) and not value.is_meta:
-            self._pack(value.detach())
+            weight = value.detach()
+            self.hold(pack_dense(weight.T if self.transposed else weight), weight.dtype)
         else:
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """Unpack `weight`, [out, in], at every access."""
-        if name == "weight" and self.__dict__.get("packed") is not None:
-            return native.unpack(self.__dict__["packed"])
-        return super().__getattr__(name)
-
-    def _pack(self, weight: Tensor) -> None:
-        keep = as_bits(weight.contiguous()) != 0
-        layout = native.best_layout(weight.dtype, int(keep.sum()) / max(keep.numel(), 1))
-        self.packed = native.pack(pack_mask(keep), weight[keep], (self.out_features, self.in_features), layout)
-        self._parameters.pop("weight", None)
+        """Unpack `weight`, [out, in] or, if `transposed`, [in, out], at every access."""
+        packed = self.__dict__.get("_buffers", {}).get("packed") if name == "weight" else None
+        if packed is None:
+            return super().__getattr__(name)
+        if packed.is_meta:
+            weight = torch.empty((self.out_features, self.in_features), dtype=self.dtype, device="meta")
+        else:
+            weight = native.unpack(packed).to(self.dtype)
+        return weight.T.contiguous() if self.transposed else weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x W^T + b` for `x: [..., in]`."""
-        if x.numel() >= DENSE_FROM_TOKENS * self.in_features and native.isa() != "avx512bf16":
-            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
         packed = self.packed
         if packed is None:
             raise RuntimeError("this SparseLinear has no weight yet")
+        if x.numel() >= DENSE_FROM_TOKENS * self.in_features and native.isa() != "avx512bf16":
+            return nn.functional.linear(x, native.unpack(packed).to(x.dtype), self.bias)
         return ops.linear(x, packed, self.bias, self.out_features)
 
     def extra_repr(self) -> str:
         """Describe the layer where modules are printed."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """Follow `.to(dtype)`: an empty tensor of our dtype shows what becomes of it."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """State dicts hold the dense weight: any model of the architecture can load them."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.packed is not None:
+        if destination.pop(f"{prefix}packed", None) is not None:
             destination[f"{prefix}weight"] = self.weight
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
-        """Pack the weight of a state dict."""
-        weight = state_dict.pop(f"{prefix}weight", None)
-        if weight is not None:
-            self.weight = weight
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Pack the weight of a state dict, as the dtype this layer has."""
+        name = f"{prefix}weight"
+        rest = {key: value for key, value in state_dict.items() if key != name}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        missing_keys[:] = [key for key in missing_keys if key not in (name, f"{prefix}packed")]
+        weight = state_dict.get(name)
+        shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+        if weight is None:
+            missing_keys.append(name)
+        elif tuple(weight.shape) != shape:
+            error_msgs.append(f"size mismatch for {name}: {tuple(weight.shape)} in the checkpoint, needed {shape}")
+        else:
+            self.weight = weight.to(self.dtype)

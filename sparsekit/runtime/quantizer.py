@@ -1,8 +1,8 @@
 """How transformers loads a packed checkpoint: as a quantisation method called `sparsekit`.
 
 Nearly every mistake in this interface of transformers shows as random weights, not as an exception. So the format
-version is checked before anything is built, every packed tensor is validated before it is unpacked, and the number of
-unpacked tensors must be the number that the files hold.
+version is checked before anything is built, every packed tensor is validated while it is read, and the number of
+tensors that arrived in the model must be the number that the files hold.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -26,13 +27,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekit.checkpoint.source import PACKED_INDEX
 from sparsekit.errors import HeaderError, IndexMismatch, KernelsMissing, SparsekitError, UsageError, VersionError
-from sparsekit.pack import read, unpack
 from sparsekit.pack.files import PackedFile
 from sparsekit.pack.tensor import SHAPE
 from sparsekit.pack.verify import require_claims
 from sparsekit.runtime import native
 from sparsekit.runtime.dense import use_streaming
 from sparsekit.runtime.modules import SparseLinear
+from sparsekit.runtime.repack import dense, repack
 
 METHOD = "sparsekit"
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
@@ -54,8 +55,7 @@ class SparsekitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         pattern: Pattern of all packed tensors.
         dequantize: True: unpack while loading; the model is then an ordinary dense one, equal to the dense checkpoint
             bit by bit. False: layers multiply with packed weights. None: packed where this installation has kernels
-            and no device_map asks for something else; the environment variable SPARSEKIT_RUNTIME=dense|packed
-            decides too.
+            and all layers lie on the CPU; the environment variable SPARSEKIT_RUNTIME=dense|packed decides too.
     """
 
     def __init__(
@@ -82,15 +82,29 @@ class Unpack(ConversionOps):  # type: ignore[misc]
         return Unpack(self.hf_quantizer)
 
     def convert(
-        self, input_dict: dict[str, Any], *, full_layer_name: str = "", model: Any = None, **ignored: Any
+        self,
+        input_dict: dict[str, Any],
+        *,
+        full_layer_name: str = "",
+        model: Any = None,
+        missing_keys: set[str] | None = None,
+        **ignored: Any,
     ) -> dict[str, list[torch.Tensor]]:
-        """Return pattern or name of each weight -> dense tensors, in the order of the parts' lists."""
+        """Return pattern or name of each weight -> dense tensors, in the order of the parts' lists.
+
+        A layer that multiplies with packed weights gets its weight here, and nothing is returned.
+        """
         grouped: dict[str, dict[str, list[torch.Tensor]]] = {}
         for source, tensors in input_dict.items():
             owner, _, part = source.rpartition(".")
             grouped.setdefault(owner, {})[part] = tensors if isinstance(tensors, list) else [tensors]
-        result: dict[str, list[torch.Tensor]] = {}
         parameter = model.get_parameter_or_buffer(full_layer_name)
+        module = model.get_submodule(full_layer_name.rpartition(".")[0])
+        if isinstance(module, SparseLinear) and self.hf_quantizer.hand_over(grouped, full_layer_name, module):
+            if missing_keys is not None:
+                missing_keys.discard(full_layer_name)
+            return {}
+        result: dict[str, list[torch.Tensor]] = {}
         for owner, parts in grouped.items():
             name = f"{owner}.weight" if owner else full_layer_name
             found = self.hf_quantizer.unpack_all(parts, owner, full_layer_name, tuple(parameter.shape))
@@ -116,8 +130,33 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self._facts: dict[str, dict[str, Any]] = {}
         self._files: dict[str, str] = {}
-        self._unpacked: set[str] = set()
+        self._arrived: set[str] = set()
         self._failed: SparsekitError | None = None
+
+    def hand_over(
+        self, grouped: Mapping[str, Mapping[str, list[torch.Tensor]]], name: str, module: SparseLinear
+    ) -> bool:
+        """Give a layer its packed weight; False where the parts are not those of one packed tensor, or are damaged.
+
+        Args:
+            grouped: Pattern of the module, empty here -> part name -> one tensor.
+            name: The parameter that is loaded.
+            module: Whose weight it is.
+        """
+        parts = grouped.get("", {})
+        if self._failed is not None or set(parts) <= {"weight"} or any(len(found) != 1 for found in parts.values()):
+            return False
+        try:
+            key = self._key(name)
+            self._check_shape(key, (module.out_features, module.in_features), transposed=False)
+            found = {part: tensors[0] for part, tensors in parts.items()}
+            module.hold(repack(self._facts[key], found, f"{self._files[key]}: {key}", module.dtype), module.dtype)
+        except SparsekitError as error:
+            self._failed = error
+            return False
+        self._arrived.add(key)
+        module._is_hf_initialized = True
+        return True
 
     def unpack_all(
         self, parts: Mapping[str, list[torch.Tensor]], owner: str, name: str, shape: tuple[int, ...]
@@ -144,6 +183,8 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise IndexMismatch(
                     f"{len(keys)} packed tensors become {name}, their parts do not pair up: {lengths}", where=where
                 )
+            if not owner:
+                self._check_shape(keys[0], shape, transposed=bool(self._facts[keys[0]].get("transposed")))
             return [
                 self._unpack(key, {part: found[place] for part, found in parts.items()})
                 for place, key in enumerate(keys)
@@ -153,10 +194,20 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
             return [torch.zeros(self._shape(owner) or shape) for _ in next(iter(parts.values()))]
 
     def _unpack(self, key: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        where = f"{self._files[key]}: {key}"
-        packed = read(self._facts[key], {part: tensor.contiguous() for part, tensor in parts.items()}, where)
-        self._unpacked.add(key)
-        return unpack(packed)
+        weight = dense(self._facts[key], parts, f"{self._files[key]}: {key}")
+        self._arrived.add(key)
+        return weight
+
+    def _check_shape(self, key: str, shape: tuple[int, ...], transposed: bool) -> None:
+        """Require that a packed tensor has the shape of its parameter, before memory is taken for it."""
+        facts = self._facts[key]
+        found, needed = facts.get("shape"), list(reversed(shape)) if transposed else list(shape)
+        if found != needed:
+            raise IndexMismatch(
+                f"shape {found} as [outputs, inputs], the model's parameter needs {needed}",
+                where=f"{self._files[key]}: {key}",
+                hint="config.json and weights are not of the same model.",
+            )
 
     def _key(self, name: str) -> str:
         """Return the file's name of a parameter; names may differ by the prefix of the base model."""
@@ -204,8 +255,12 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if config.dequantize is None:
             config.dequantize = not _runs_packed(kwargs.get("device_map"))
-        elif not config.dequantize and not native.available():
-            raise KernelsMissing(str(native.missing_reason()), hint="Load with SPARSEKIT_RUNTIME=dense.")
+        elif not config.dequantize:
+            _require_packed(kwargs.get("device_map"), "dequantize=False")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Turn "auto" into the CPU where packed layers run: they take less memory than it would reckon with."""
+        return device_map if self.quantization_config.dequantize or device_map is None else {"": "cpu"}
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Name the weight files; they are not called as usual, so that nothing else loads them by mistake."""
@@ -228,20 +283,21 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
             require_claims(folder, self._facts)
 
     def _make_sparse(self, model: Any) -> None:
-        """Put SparseLinear where the model has a packed linear; what is transposed or fused is unpacked instead."""
+        """Put SparseLinear where the model has a packed linear; fused experts are no linears and are unpacked."""
         modules = dict(model.named_modules())
-        for key in self._facts:
+        for key, facts in self._facts.items():
             name = key.removesuffix(".weight")
+            wanted = Conv1D if facts.get("transposed") else torch.nn.Linear
             for known in (name, f"{model.base_model_prefix}.{name}"):
-                if type(modules.get(known)) is torch.nn.Linear:
-                    model.set_submodule(known, SparseLinear(modules[known]))
+                if type(modules.get(known)) is wanted:
+                    model.set_submodule(known, SparseLinear(modules[known], transposed=wanted is Conv1D))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
         if self._failed is not None:
             raise self._failed
-        if lost := sorted(set(self._facts) - self._unpacked):
+        if lost := sorted(set(self._facts) - self._arrived):
             raise IndexMismatch(
                 f"its parts were not loaded ({len(lost)} of {len(self._facts)} packed tensors)",
                 where=f"{self._files[lost[0]]}: {lost[0]}",
@@ -267,10 +323,17 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         """A loaded model saves as an ordinary dense checkpoint."""
         return True
 
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        """Put the dense layers back, `model.dequantize()`."""
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SparseLinear):
+                model.set_submodule(name, module.dense())
+        return model if dtype is None else model.to(dtype)
+
     @property
     def is_trainable(self) -> bool:
-        """Unpacked weights are ordinary parameters."""
-        return True
+        """Unpacked weights are ordinary parameters; packed ones have no gradient."""
+        return bool(self.quantization_config.dequantize)
 
 
 def _runs_packed(device_map: Any) -> bool:
@@ -278,12 +341,28 @@ def _runs_packed(device_map: Any) -> bool:
     wanted = os.environ.get("SPARSEKIT_RUNTIME", "auto")
     if wanted not in ("auto", "dense", "packed"):
         raise UsageError(f"SPARSEKIT_RUNTIME={wanted}: choose auto, dense or packed")
-    if wanted == "packed" and not native.available():
+    if wanted == "packed":
+        _require_packed(device_map, "SPARSEKIT_RUNTIME=packed")
+    return wanted != "dense" and _on_cpu(device_map) and native.available()
+
+
+def _require_packed(device_map: Any, wish: str) -> None:
+    """Refuse what cannot be run packed to a user who asked for it."""
+    if not native.available():
         raise KernelsMissing(str(native.missing_reason()), hint="Load with SPARSEKIT_RUNTIME=dense.")
-    # "auto" may put layers on a disk or a GPU, where packed layers have no kernel.
+    if not _on_cpu(device_map):
+        raise UsageError(
+            f"{wish}, but device_map={device_map!r} puts layers elsewhere than on the CPU",
+            hint='Load with device_map="cpu", or with SPARSEKIT_RUNTIME=dense.',
+        )
+
+
+def _on_cpu(device_map: Any) -> bool:
+    """Whether all layers will lie on the CPU; without an accelerator "auto" and the like put them there."""
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return not torch.accelerator.is_available()
     devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    on_cpu = all(device is None or str(device) == "cpu" for device in devices)
-    return wanted != "dense" and on_cpu and native.available()
+    return all(device is None or str(device) == "cpu" for device in devices)
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a module that is loaded twice registers once

@@ -1,7 +1,7 @@
 // Checks a bitmask tensor and lays out its packed buffer.
 #include <new>
 
-#include "parallel.h"
+#include "mask.h"
 #include "plan.h"
 
 namespace sk {
@@ -10,26 +10,10 @@ namespace {
 // Fills row_start from popcounts; false if offsets, count or padding bits disagree with the mask.
 bool check_mask(sk_plan& plan, int threads) {
   const sk_bitmask& s = plan.source;
-  const int64_t stride = mask_stride(s);
-  const unsigned padding = s.cols % 8 ? 0xffu << (s.cols % 8) & 0xff : 0;
-  std::vector<int64_t>& start = plan.row_start;
-  std::atomic<bool> clean{true};
-  auto count = [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; ++r) {
-      const uint8_t* p = s.mask + r * stride;
-      int64_t n = 0, j = 0;
-      for (; j + 8 <= stride; j += 8) n += __builtin_popcountll(load<uint64_t>(p + j));
-      for (; j < stride; ++j) n += __builtin_popcount(p[j]);
-      start[size_t(r) + 1] = n;
-      if (stride && (p[stride - 1] & padding)) clean = false;
-    }
-  };
-  for_each(threads, s.rows, 64, count);
-  for (int64_t r = 0; r < s.rows; ++r) {
-    if (s.row_offsets && s.row_offsets[r] != start[size_t(r)]) return false;
-    start[size_t(r) + 1] += start[size_t(r)];
-  }
-  return clean && start[size_t(s.rows)] == s.nnz;
+  if (!row_starts(s.mask, s.rows, s.cols, plan.row_start, threads)) return false;
+  for (int64_t r = 0; s.row_offsets && r < s.rows; ++r)
+    if (s.row_offsets[r] != plan.row_start[size_t(r)]) return false;
+  return plan.row_start.back() == s.nnz;
 }
 
 void layout_bitmap(sk_plan& plan) {
@@ -62,7 +46,6 @@ void layout_split(sk_plan& plan) {
 
 int create(int layout, const sk_bitmask& s, int threads, sk_plan& plan) {
   plan.source = s;
-  plan.row_start.assign(size_t(s.rows) + 1, 0);
   if (!check_mask(plan, threads)) return SK_BAD_MASK;
   Header& h = plan.header;
   memset(&h, 0, sizeof h);

@@ -98,6 +98,33 @@ SK_API int sk_packed_info(const void* packed, int64_t bytes, sk_info* info);
 /* Dense weight [rows, cols] in the packed dtype, bit for bit; holes are +0. */
 SK_API int sk_unpack(const void* packed, int64_t bytes, void* dense, int threads);
 
+/* One packed tensor as docs/format.md lays it on disk. Nothing in it is trusted but the sizes of the buffers. */
+enum sk_disk_layout { SK_DISK_DENSE = 0, SK_DISK_BITMASK = 1, SK_DISK_NM = 2, SK_DISK_BLOCK = 3 };
+enum sk_encoding { SK_ENCODING_RAW = 0, SK_ENCODING_SPLIT = 1, SK_ENCODING_INT8 = 2, SK_ENCODING_INT4 = 3 };
+typedef struct sk_part {
+  const void* data; /* any alignment */
+  int64_t bytes;    /* -1: the tensor has no such part */
+} sk_part;
+typedef struct sk_disk {
+  sk_part mask, offsets, index, values, low, code, width, dictionary, patch_row, patch_col, patch_value, scales;
+  int64_t rows, cols, nnz;
+  int32_t layout, encoding, dtype;
+  int32_t unit[2]; /* nm: N, M; block: rows, columns of a block */
+} sk_disk;
+/* Proves every length, index, count and padding bit, and writes what kernels are packed from:
+   mask [rows, ceil(cols / 8)], wanted for nm and block; values [nnz] row-major, of the dtype (split, block) or i8
+   (int8, int4; an int4 code q is written as the number it stands for). Both are null where the stored part is that
+   already. SK_BAD_MASK: something does not hold, and what was written so far means nothing. */
+SK_API int sk_disk_read(const sk_disk* disk, void* mask, void* values, int threads);
+/* Values of codes: [nnz] of `dtype` = code x scale of its row and 64 columns, multiplied in fp32. The mask, null for
+   all ones, and the f16 scales [rows, ceil(cols / 64)] fit together as sk_disk_read has proven. */
+SK_API int sk_dequantize(const sk_bitmask* codes, const void* scales, void* values, int threads);
+/* Mask and values to the dense matrix, with +0 in the holes, and back: a weight is kept unless all its bits are 0.
+   sk_dense_mask returns the number of kept weights, or -1 if memory runs out. */
+SK_API int sk_expand(const sk_bitmask* source, void* dense, int threads);
+SK_API int64_t sk_dense_mask(const void* dense, int64_t rows, int64_t cols, int64_t size, void* mask, int threads);
+SK_API int sk_compact(const void* dense, const sk_bitmask* shape, void* values, int threads);
+
 SK_API int sk_linear(const sk_call* call);
 /* The same with a plain row-major weight [rows, cols] of `w_dtype`: the streaming dense kernel. */
 SK_API int sk_dense(const sk_call* call, const void* weight, int64_t rows, int64_t cols, int32_t w_dtype);
