@@ -31,7 +31,8 @@ _AVX512 = (
     "-Wno-maybe-uninitialized",
 )
 _PLAIN = (
-    *("disk", "disk_values", "expand", "isa", "linear", "linear_quantised", "pack", "pack_bitmap", "pack_block", "pack_chunk", "pack_quantised"),
+    *("disk", "disk_values", "expand"),
+    *("isa", "linear", "linear_quantised", "pack", "pack_bitmap", "pack_block", "pack_chunk", "pack_quantised"),
     *("pack_split", "pool", "torch_shim", "unpack", "kernels_portable", "quantised_portable"),
 )
 

@@ -7,15 +7,16 @@ tensors that arrived in the model must be the number that the files hold.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -118,6 +119,18 @@ class Unpack(ConversionOps):  # type: ignore[misc]
         from transformers.core_model_loading import _IdentityOp
 
         return _IdentityOp()
+
+
+class _Converter(WeightConverter):  # type: ignore[misc]
+    """transformers copies a converter deeply for each of a packed tensor's parts; only what it collects is its own."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Converter:
+        twin = copy.copy(self)
+        twin.collected_tensors = defaultdict(list)
+        twin.layer_targets = defaultdict(set)
+        return twin
 
 
 class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -313,6 +326,10 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         """Both ways of loading unpack."""
         return {"dequantize": Unpack, "deserialize": Unpack}
 
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """Collect the parts of every plain parameter; transformers does so for fused experts itself."""
+        return [_Converter(names, name, [Unpack(self)]) for name, names in self.serialized_names.items()]
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Save as an ordinary dense checkpoint; packed ones are written by `sparsekit convert`."""
         if hasattr(model.config, "quantization_config"):
@@ -327,8 +344,8 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         """Put the dense layers back, `model.dequantize()`."""
         for name, module in list(model.named_modules()):
             if isinstance(module, SparseLinear):
-                model.set_submodule(name, module.dense())
-        return model if dtype is None else model.to(dtype)
+                model.set_submodule(name, module.dense().to(dtype))
+        return model
 
     @property
     def is_trainable(self) -> bool:

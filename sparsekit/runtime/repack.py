@@ -12,12 +12,14 @@ from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from sparsekit.errors import KernelError
+from sparsekit.errors import HeaderError, KernelError
 from sparsekit.lazy import torch
+from sparsekit.pack.bits import pack_mask
 from sparsekit.pack.tensor import SHAPE, from_entry, require_parts, unpack, validate
 from sparsekit.pack.types import ENTRIES, GROUP, SPLIT_ROWS, Encoding, Layout, PackedTensor, torch_dtype
 from sparsekit.pattern import NM, Block
 from sparsekit.runtime import native
+from sparsekit.runtime.native import MemoryLayout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +70,7 @@ class Source:
         dtype: Dtype of the weights.
         scales: f16 [rows, ceil(cols / 64)] or None.
         transposed: The dense weight is [inputs, outputs].
+        coded: The layout in memory that holds codes as they are.
     """
 
     shape: tuple[int, int]
@@ -76,6 +79,7 @@ class Source:
     dtype: torch.dtype
     scales: Tensor | None
     transposed: bool
+    coded: MemoryLayout = MemoryLayout.INT8
 
     def dequantized(self) -> Source:
         """Return the same with codes turned into weights."""
@@ -106,15 +110,24 @@ class Source:
 
         Args:
             dtype: What the dense weight would be cast to; values are cast too unless `dtype` can hold all of them,
-                when the narrower ones give the same products from fewer bytes.
+                when the narrower ones give the same products from fewer bytes. Codes stay codes.
         """
-        found = self.dequantized()
+        if self.scales is not None:
+            return self._pack_codes(self.scales)
+        found = self
         if dtype is not None and torch.promote_types(found.dtype, dtype) != dtype:
             found = Source(self.shape, found.mask, found.values.to(dtype), dtype, None, self.transposed)
         if found.mask is None:
             return pack_dense(found.values.reshape(self.shape))
         layout = native.best_layout(found.dtype, found.values.numel() / max(self.shape[0] * self.shape[1], 1))
         return native.pack(found.mask, found.values, self.shape, layout)
+
+    def _pack_codes(self, scales: Tensor) -> Tensor:
+        mask, codes = self.mask, self.values
+        if mask is None:  # in memory int4 has no code for zero: a zero is left out
+            keep = codes.reshape(self.shape) != 0
+            mask, codes = pack_mask(keep), codes[keep.reshape(-1)]
+        return native.pack_codes(mask, codes, scales, self.shape, self.coded, self.dtype)
 
 
 def repack(
@@ -169,8 +182,7 @@ def read_source(facts: Mapping[str, Any], parts: Mapping[str, Tensor], where: st
         KernelsMissing: There are no kernels.
     """
     packed = from_entry(facts, {name: part.contiguous() for name, part in parts.items()}, where)
-    require_parts(packed.tensors, packed.layout, packed.encoding, where)
-    if not _well_formed(packed):
+    if not _well_formed(packed, where):
         _refuse(packed, where)
     dtype, positions = torch_dtype(packed.dtype), packed.layout in (Layout.NM, Layout.BLOCK)
     rows, cols = packed.shape
@@ -198,9 +210,13 @@ def _refuse(packed: PackedTensor, where: str) -> NoReturn:
     raise KernelError("the native reader refuses a tensor that passes every check", where=where)
 
 
-def _well_formed(packed: PackedTensor) -> bool:
-    """Whether pattern and nnz are possible, and every part has its dtype and, as far as known ahead, its shape."""
+def _well_formed(packed: PackedTensor, where: str) -> bool:
+    """Whether the parts are those of the form, with their dtypes and, as far as known ahead, their shapes."""
     rows, cols = packed.shape
+    try:
+        require_parts(packed.tensors, packed.layout, packed.encoding, where)
+    except HeaderError:
+        return False
     if packed.layout is Layout.NM and not isinstance(packed.pattern, NM):
         return False
     if packed.layout is Layout.BLOCK and not isinstance(packed.pattern, Block):

@@ -24,10 +24,19 @@ def prune(source: Path, out: Path, form: str, recipe: str = "wanda-50", *more: s
     return run.execute(prepared, out, Silent(), evaluation=False).out
 
 
-def both(family: str, folder: Path, *, form: str = "bitmask", dtype: torch.dtype = torch.bfloat16, **changes):
-    """Return (dense, packed) checkpoints of two runs that differ in save.format alone."""
+def both(
+    family: str,
+    folder: Path,
+    *,
+    form: str = "bitmask",
+    values: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    **changes,
+):
+    """Return (dense, packed) checkpoints of two runs that differ in save.format and save.values alone."""
     source = tiny.save(family, folder / "source", dtype=dtype, **changes)
-    return prune(source, folder / "dense", "dense"), prune(source, folder / "packed", form)
+    packed = prune(source, folder / "packed", form, "wanda-50", f"save.values={values}")
+    return prune(source, folder / "dense", "dense"), packed
 
 
 def converted(family: str, folder: Path, form: str = "bitmask", **changes):
