@@ -202,7 +202,9 @@ def read_source(facts: Mapping[str, Any], parts: Mapping[str, Tensor], where: st
         native.check(status, where)
     if status:
         _refuse(packed, where)
-    return Source(packed.shape, mask, values.reshape(-1), dtype, packed.tensors.get("weight_scales"), packed.transposed)
+    scales = packed.tensors.get("weight_scales")
+    coded = MemoryLayout.INT4 if packed.encoding is Encoding.INT4 else MemoryLayout.INT8
+    return Source(packed.shape, mask, values.reshape(-1), dtype, scales, packed.transposed, coded)
 
 
 def _refuse(packed: PackedTensor, where: str) -> NoReturn:

@@ -177,7 +177,7 @@ def test_dense_to_packed_keeps_what_has_a_bit(dtype: torch.dtype, threads: int) 
 
 
 def test_values_are_cast_only_where_the_dtype_cannot_hold_them() -> None:
-    packed = sample(Layout.BITMASK, Encoding.INT8, 1)  # bf16
+    packed = sample(Layout.BITMASK, Encoding.SPLIT, 1)  # bf16
     facts, tensors = packed.facts(), packed.tensors
     for dtype, kept in [
         (None, torch.bfloat16),
@@ -186,8 +186,17 @@ def test_values_are_cast_only_where_the_dtype_cannot_hold_them() -> None:
         (torch.float16, torch.float16),
     ]:
         weight = native.unpack(repack.repack(facts, tensors, "w", dtype))
-        assert weight.dtype == kept
-        assert torch.equal(weight, unpack(packed).to(kept))
+        assert same_bits(weight, unpack(packed).to(kept))
+
+
+@pytest.mark.parametrize("encoding", [Encoding.INT8, Encoding.INT4])
+@pytest.mark.parametrize("layout", [Layout.BITMASK, Layout.DENSE, Layout.NM])
+def test_codes_stay_codes_in_memory(layout: Layout, encoding: Encoding) -> None:
+    packed = sample(layout, encoding, 1)
+    for dtype in (None, torch.float16, torch.float32):
+        buffer = repack.repack(packed.facts(), packed.tensors, "w", dtype)
+        assert native.info(buffer).layout.name == encoding.name
+        assert torch.equal(native.unpack(buffer), unpack(packed))
 
 
 @pytest.mark.parametrize("pattern", [NM(1, 3), NM(5, 16), NM(8, 64), NM(200, 256), Block(4, 1), Block(1, 7)], ids=str)

@@ -76,7 +76,7 @@ def test_int_values_mean_the_same_packed_and_unpacked(values, tmp_path, monkeypa
     monkeypatch.setenv("SPARSEKIT_RUNTIME", "dense")
     reference = load(packed)
     assert_same_weights(reference, model)
-    assert_close(reference, model, 0.02)
+    assert_close(reference, model, 0.05)
 
 
 @pytest.mark.parametrize("tied", [True, False])
