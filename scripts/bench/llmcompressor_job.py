@@ -1,7 +1,8 @@
-"""Wanda with llmcompressor, as its own examples do it; run by the Python of an environment that has it.
+"""Wanda or SparseGPT with llmcompressor, as its own examples do it; run by the Python of an environment that has it.
 
 Usage: python llmcompressor_job.py JOB.json. The job names the model folder, the token ids (a JSON list of lists), the
-output folder, the sparsity and where the timings go. Everything the process does counts in its wall time and peak
+output folder, the method, the sparsity, the mask structure (zeros of each M, as that tool counts; 0:0 for none) and
+where the timings go. Everything the process does counts in its wall time and peak
 memory, which the caller measures; the timings of the steps are written by this file.
 """
 
@@ -21,12 +22,13 @@ def main() -> None:
     marks = [time.perf_counter()]
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.pruning import WandaPruningModifier
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     marks.append(time.perf_counter())
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    modifier = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[job["method"]]
     ids = json.loads(Path(job["ids"]).read_text(encoding="utf-8"))
     data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
     marks.append(time.perf_counter())
@@ -34,7 +36,7 @@ def main() -> None:
         model=model,
         tokenizer=tokenizer,
         dataset=data,
-        recipe=WandaPruningModifier(sparsity=job["sparsity"], mask_structure="0:0", ignore=["re:.*lm_head"]),
+        recipe=modifier(sparsity=job["sparsity"], mask_structure=job["structure"], ignore=["re:.*lm_head"]),
         max_seq_length=len(ids[0]),
         num_calibration_samples=len(ids),
         shuffle_calibration_samples=False,
