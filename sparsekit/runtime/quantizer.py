@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekit.checkpoint.source import PACKED_INDEX
 from sparsekit.errors import HeaderError, IndexMismatch, KernelsMissing, SparsekitError, UsageError, VersionError
+from sparsekit.memory import release_freed
 from sparsekit.pack.files import PackedFile
 from sparsekit.pack.tensor import SHAPE
 from sparsekit.pack.verify import require_claims
@@ -37,6 +38,8 @@ from sparsekit.runtime.modules import SparseLinear
 from sparsekit.runtime.repack import dense, repack
 
 METHOD = "sparsekit"
+_SMALL = 1 << 20
+"""Bytes up to which a parameter is copied out of the mapped file it was read from."""
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
 _EXPERT = re.compile(r"\.\d+\.(?=[^.]+\.weight$)")
 FORMAT_VERSION = 1
@@ -320,6 +323,8 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = None
         if not self.quantization_config.dequantize:
             use_streaming(model)
+            _leave_files(model)
+            release_freed()
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
@@ -351,6 +356,16 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Unpacked weights are ordinary parameters; packed ones have no gradient."""
         return bool(self.quantization_config.dequantize)
+
+
+def _leave_files(model: torch.nn.Module) -> None:
+    """Copy small parameters out of their files.
+
+    Each would otherwise keep the whole mapped file, packed parts that nobody needs any more included, in memory.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.nbytes <= _SMALL:
+            parameter.data = parameter.data.clone()
 
 
 def _runs_packed(device_map: Any) -> bool:

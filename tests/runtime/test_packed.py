@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,17 @@ def test_families(family, form, tmp_path):
     assert len(sparse(model)) >= 2
     assert_same_weights(reference, model)
     assert_close(reference, model)
+
+
+def test_files_do_not_stay_mapped(llama):
+    """A norm that lies in a mapped file would keep the packed weights beside it resident a second time."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        pytest.skip("this system does not list what is mapped")
+    _, packed = llama
+    model = load(packed)
+    assert sparse(model)
+    assert str(packed) not in maps.read_text()
 
 
 @pytest.mark.parametrize("values", ["raw", "int8", "int4"])
