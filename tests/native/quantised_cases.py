@@ -46,14 +46,18 @@ class Quantised:
 
 
 def quantised(rows: int, cols: int, density: float, layout: MemoryLayout, *, extreme: bool = False) -> Quantised:
-    """Random integers, or only the largest ones; every seventh row is empty or full; some groups have the scale 0."""
+    """Random integers, or only the largest ones; some groups have the scale 0.
+
+    Every seventh row is empty or full; with a density of 1 all are full and int4 ends at 7, as in a layout without masks.
+    """
     generator = torch.Generator().manual_seed(zlib.crc32(repr((rows, cols, density, layout, extreme)).encode()))
     low, high = LIMITS[layout]
+    high -= layout is MemoryLayout.INT4 and density == 1
     codes = torch.randint(low, high + 1, (rows, cols), generator=generator)
     if extreme:
         codes = torch.where(codes < 0, low, high)
     keep = torch.rand(rows, cols, generator=generator) < density
-    keep[3::7] = False
+    keep[3::7] = density == 1
     keep[5::7] = True
     scales = torch.rand(rows, -(-cols // 64), generator=generator) * 0.01
     scales[torch.rand(scales.shape, generator=generator) < 0.05] = 0

@@ -115,6 +115,18 @@ def test_size_is_the_arithmetic(layout: MemoryLayout, bits: float) -> None:
     assert 8 * made.pack().numel() / 2**20 == pytest.approx(bits + width * (density - 0.5), rel=0.01)
 
 
+def test_without_holes_there_are_no_masks() -> None:
+    for layout, bits in ((MemoryLayout.INT8, 8.25), (MemoryLayout.INT4, 4.25)):
+        full = quantised(512, 512, 1.0, layout)
+        assert 8 * full.pack().numel() / 2**18 == pytest.approx(bits, rel=0.01)
+        for dtype in BITS:
+            assert same_bits(native.unpack(full.pack(dtype)), full.rounded(dtype))
+        full.codes[100, 100] = LIMITS[layout][1]  # an int4 of 8 needs the codes that go with a mask
+        masked = layout is MemoryLayout.INT4
+        assert 8 * full.pack().numel() / 2**18 == pytest.approx(bits + masked, rel=0.04)
+        assert same_bits(native.unpack(full.pack(torch.float32)), full.rounded(torch.float32))
+
+
 @pytest.mark.parametrize("layout", list(ENCODINGS))
 def test_disagreement_is_refused(layout: MemoryLayout) -> None:
     made = quantised(20, 70, 0.5, layout)

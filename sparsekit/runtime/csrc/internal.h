@@ -60,7 +60,8 @@ struct View {  // a packed buffer, parsed
   const uint8_t* codes;      // split: codes, every tile begins at a byte; chunk: columns 0..63, as the values lie
   const Patch* patches;
   // int8, int4: masks64 [panel][groups * 16]: bit j = row j / 4, column 4 t + (j & 3); offsets [panels + 1], in bytes;
-  // values: integers, or their codes with two a byte and every tile at a byte.
+  // values: integers, or their codes with two a byte and every tile at a byte. Without holes there are no masks
+  // (masks64 is null), and all 64 values of every tile, the padding too.
   int64_t groups;          // of 64 columns; tiles behind the last column have empty masks
   const uint16_t* scales;  // fp16 [panel][group][16]
 };

@@ -107,7 +107,7 @@ int parse(const void* packed, int64_t bytes, View* view) {
     v.tiles = ceil_div(h.cols, 4);
     v.groups = ceil_div(v.tiles, kGroupTiles);
     v.offsets = reinterpret_cast<const uint64_t*>(base + h.blocks_at);
-    v.masks64 = reinterpret_cast<const uint64_t*>(base + h.masks_at);
+    v.masks64 = h.masks_at ? reinterpret_cast<const uint64_t*>(base + h.masks_at) : nullptr;
     v.scales = reinterpret_cast<const uint16_t*>(base + h.codes_at);
   } else if (h.layout == SK_CHUNK) {
     v.tiles = h.cols / 4;

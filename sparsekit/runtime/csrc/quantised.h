@@ -13,6 +13,7 @@ namespace {
 
 // Four bits for the integers -8..-1, 1..8, in this order, as on disk.
 inline uint8_t int4_code(int8_t integer) { return uint8_t(integer < 0 ? integer + 8 : integer + 7); }
+// (Without masks a zero needs a code: then they mean -8..7.)
 inline int8_t int4_integer(unsigned code) { return int8_t(code < 8 ? int(code) - 8 : int(code) - 7); }
 
 inline float round_to(float f, int32_t dtype) {
@@ -76,18 +77,20 @@ void generic_quantise(const void* x, int32_t dtype, int64_t cols, int64_t token,
 }
 
 // --- weights -------------------------------------------------------------------------------------------------
-// The integers of a tile, [16 rows][4 columns], zero in the holes; `at` moves behind its values.
-inline void integers_of_tile(int32_t layout, uint64_t mask, const uint8_t*& at, int8_t* tile) {
+// The integers of tile t of panel p, [16 rows][4 columns], zero in the holes; `at` moves behind its values.
+inline void integers_of_tile(const View& w, int64_t p, int64_t t, const uint8_t*& at, int8_t* tile) {
+  const uint64_t mask = w.masks64 ? w.masks64[p * w.groups * kGroupTiles + t] : ~uint64_t(0);
   memset(tile, 0, 64);
   unsigned n = 0;
-  for (uint64_t rest = mask; rest; rest &= rest - 1, ++n)
-    tile[__builtin_ctzll(rest)] =
-        layout == SK_INT8 ? int8_t(at[n]) : int4_integer(unsigned(at[n / 2]) >> (4 * (n & 1)) & 15);
-  at += layout == SK_INT8 ? n : (n + 1) / 2;
+  for (uint64_t rest = mask; rest; rest &= rest - 1, ++n) {
+    int8_t& integer = tile[__builtin_ctzll(rest)];
+    const unsigned code = w.layout == SK_INT4 ? unsigned(at[n / 2]) >> (4 * (n & 1)) & 15 : 0;
+    integer = w.layout == SK_INT8 ? int8_t(at[n]) : w.masks64 ? int4_integer(code) : int8_t(int(code) - 8);
+  }
+  at += w.layout == SK_INT8 ? n : (n + 1) / 2;
 }
 
 void generic_fused_quantised(const View& w, const Bytes& x, int64_t p, float* out, int64_t ld) {
-  const uint64_t* masks = w.masks64 + p * w.groups * kGroupTiles;
   const uint16_t* scales = w.scales + p * w.groups * kPanelRows;
   const uint8_t* at = w.values + w.offsets[p];
   const uint8_t* bytes = x.bytes;
@@ -96,7 +99,7 @@ void generic_fused_quantised(const View& w, const Bytes& x, int64_t p, float* ou
     int32_t sums[kMaxFused][kPanelRows] = {};
     for (int i = 0; i < kGroupTiles; ++i) {
       int8_t tile[64];
-      integers_of_tile(w.layout, *masks++, at, tile);
+      integers_of_tile(w, p, g * kGroupTiles + i, at, tile);
       for (int64_t t = 0; t < x.tokens; ++t, bytes += 4)
         for (int r = 0; r < kPanelRows; ++r)
           for (int k = 0; k < 4; ++k) sums[t][r] += tile[4 * r + k] * (bytes[k] - 128);
@@ -118,7 +121,7 @@ void generic_decode_quantised(const View& w, int64_t g, Cursor& at, int64_t begi
     for (int64_t t = begin; t < end; ++t) {
       const uint16_t* scales = w.scales + (p * w.groups + t / kGroupTiles) * kPanelRows;
       int8_t tile[64];
-      integers_of_tile(w.layout, w.masks64[p * w.groups * kGroupTiles + t], from, tile);
+      integers_of_tile(w, p, t, from, tile);
       for (int j = 0; j < 64; ++j) {
         const int64_t row = j / 4, column = 4 * (t - begin) + j % 4;
         const float weight = float(tile[j]) * f16_to_float(scales[row]);

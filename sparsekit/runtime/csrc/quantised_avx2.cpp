@@ -50,57 +50,79 @@ inline Tile expand(const uint8_t* at, uint64_t mask) {
   return tile;
 }
 
-// The packed integers of up to a group of tiles as bytes, and where each tile begins.
-struct Group {
-  alignas(64) uint8_t bytes[kGroupTiles * 64 + 64];
-  const uint8_t* tile[kGroupTiles];
+inline __m256i load32(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
-  // Returns the bytes consumed.
-  template <int Layout>
-  uint64_t open(const uint8_t* at, const uint64_t* masks, int tiles) {
-    uint64_t consumed = 0;
-    for (int i = 0; i < tiles; ++i) {
-      const uint64_t n = uint64_t(__builtin_popcountll(masks[i]));
-      tile[i] = Layout == SK_INT8 ? at + consumed : bytes + 2 * consumed;
-      consumed += Layout == SK_INT8 ? n : (n + 1) / 2;
-    }
-    if (Layout == SK_INT4)
-      for (uint64_t i = 0; i < consumed; i += 16) sixteen(at + i, bytes + 2 * i);
-    return consumed;
+// Reads the tiles of a panel, a group at a time. Whole: there are no masks.
+template <int Layout, bool Whole>
+struct Group {
+  alignas(64) uint8_t bytes[kGroupTiles * 64 + 64];  // int4: the integers of the group
+  const uint8_t* at;                                 // of the next tile
+  const uint64_t* masks;
+  __m256i table;
+
+  Group() {
+    alignas(32) int8_t integers[32];
+    for (int i = 0; i < 32; ++i) integers[i] = int8_t(Whole ? i % 16 - 8 : int4_integer(unsigned(i % 16)));
+    table = _mm256_load_si256(reinterpret_cast<const __m256i*>(integers));
   }
 
-  static void sixteen(const uint8_t* codes, uint8_t* integers) {
-    const __m256i table = _mm256_setr_epi8(-8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8,  //
-                                           -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8);
+  // Begins with `tiles` tiles whose values lie at `from`; returns where the next group begins.
+  const uint8_t* open(const uint8_t* from, const uint64_t* group_masks, int tiles) {
+    masks = group_masks;
+    uint64_t size = Whole ? uint64_t(tiles) * code_bytes(64, Layout == SK_INT8 ? 8 : 4) : 0;
+    for (int i = 0; !Whole && i < tiles; ++i) {
+      const uint64_t n = uint64_t(__builtin_popcountll(masks[i]));
+      size += Layout == SK_INT8 ? n : (n + 1) / 2;
+    }
+    at = Layout == SK_INT8 ? from : bytes;
+    // A load that overlaps a store still on its way waits for it: so all are stored before the first is read.
+    for (uint64_t i = 0; Layout == SK_INT4 && i < size; i += 16) sixteen(from + i, bytes + 2 * i);
+    return from + size;
+  }
+
+  void sixteen(const uint8_t* codes, uint8_t* integers) const {
     __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
     v = _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi16(v, 4)), _mm256_set1_epi8(15));
     _mm256_store_si256(reinterpret_cast<__m256i*>(integers), _mm256_shuffle_epi8(table, v));
   }
+
+  inline Tile tile(int i) {
+    if (Whole) {
+      at += 64;
+      return {{load32(at - 64), load32(at - 32)}};
+    }
+    const uint64_t n = uint64_t(__builtin_popcountll(masks[i]));
+    const Tile found = expand(at, masks[i]);
+    at += Layout == SK_INT8 ? n : (n + 1) / 2 * 2;  // tiles begin at a byte, so with an even number of codes
+    return found;
+  }
 };
 
+inline const uint64_t* masks_of(const View& w, int64_t p, int64_t tile) {
+  return w.masks64 ? w.masks64 + p * w.groups * kGroupTiles + tile : nullptr;
+}
 inline __m256 scales_of(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
-template <int Layout, int T>
-void fused_tokens(const View& w, const Bytes& x, int64_t p, float* out, int64_t ld) {
-  const uint64_t* masks = w.masks64 + p * w.groups * kGroupTiles;
+template <int Layout, bool Whole, int T>
+void fused_panel(const View& w, const Bytes& x, int64_t p, float* out, int64_t ld) {
   const uint16_t* scales = w.scales + p * w.groups * kPanelRows;
   const uint8_t* at = w.values + w.offsets[p];
   const uint8_t* bytes = x.bytes;
   const __m256i flip = _mm256_set1_epi8(char(128)), ones = _mm256_set1_epi16(1);
-  Group group;
+  Group<Layout, Whole> group;
   __m256 sums[T][2];
   for (auto& s : sums) s[0] = s[1] = _mm256_setzero_ps();
-  for (int64_t g = 0; g < w.groups; ++g, scales += kPanelRows, masks += kGroupTiles) {
+  for (int64_t g = 0; g < w.groups; ++g, scales += kPanelRows) {
+    const uint64_t* masks = masks_of(w, p, g * kGroupTiles);
     for (int i = 0; i < (Layout == SK_INT8 ? 10 : 5); ++i) prefetch(at + kAhead + 64 * i);
-    prefetch(masks + kAhead / 16);
-    prefetch(masks + kAhead / 16 + 8);
-    at += group.open<Layout>(at, masks, kGroupTiles);
+    for (int i = 0; !Whole && i < 2; ++i) prefetch(masks + kAhead / 16 + 8 * i);
+    at = group.open(at, masks, kGroupTiles);
     __m256i dots[T][2];
     for (auto& d : dots) d[0] = d[1] = _mm256_setzero_si256();
     for (int i = 0; i < kGroupTiles; ++i, bytes += 4 * T) {
-      const Tile tile = expand(group.tile[i], masks[i]);
+      const Tile tile = group.tile(i);
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
         const __m256i v = _mm256_xor_si256(_mm256_set1_epi32(load<int32_t>(bytes + 4 * t)), flip);
@@ -118,6 +140,11 @@ void fused_tokens(const View& w, const Bytes& x, int64_t p, float* out, int64_t 
   }
   for (int t = 0; t < T; ++t)
     for (int h = 0; h < 2; ++h) _mm256_storeu_ps(out + t * ld + 8 * h, sums[t][h]);
+}
+
+template <int Layout, int T>
+void fused_tokens(const View& w, const Bytes& x, int64_t p, float* out, int64_t ld) {
+  return (w.masks64 ? fused_panel<Layout, false, T> : fused_panel<Layout, true, T>)(w, x, p, out, ld);
 }
 
 void fused(const View& w, const Bytes& x, int64_t p, float* out, int64_t ld) {
@@ -139,18 +166,17 @@ inline __m256 round_to_dtype(__m256 v, int32_t dtype) {  // finite values only
   return _mm256_castsi256_ps(_mm256_and_si256(rounded, _mm256_set1_epi32(int(0xffff0000))));
 }
 
-template <int Layout>
+template <int Layout, bool Whole>
 void decode_panel(const View& w, int64_t p, uint64_t& position, int64_t begin, int64_t end, float* out) {
-  const uint64_t* masks = w.masks64 + p * w.groups * kGroupTiles;
   const uint8_t* at = w.values + w.offsets[p] + position;
-  Group group;
+  Group<Layout, Whole> group;
   for (int64_t first = begin; first < end; first += kGroupTiles) {
     const uint16_t* scales = w.scales + (p * w.groups + first / kGroupTiles) * kPanelRows;
     const int tiles = int(end - first < kGroupTiles ? end - first : kGroupTiles);
     prefetch(at + kAhead);
-    at += group.open<Layout>(at, masks + first, tiles);
+    at = group.open(at, masks_of(w, p, first), tiles);
     for (int i = 0; i < tiles; ++i, out += 64) {
-      const Tile tile = expand(group.tile[i], masks[first + i]);
+      const Tile tile = group.tile(i);
       for (int k = 0; k < 4; ++k)
         for (int h = 0; h < 2; ++h) {
           const __m256i column = _mm256_srai_epi32(_mm256_slli_epi32(tile.half[h], 24 - 8 * k), 24);
@@ -163,13 +189,16 @@ void decode_panel(const View& w, int64_t p, uint64_t& position, int64_t begin, i
 }
 
 void decode(const View& w, int64_t g, Cursor& at, int64_t begin, int64_t end, bool, void* panels, int64_t stride) {
+  const auto panel = w.layout == SK_INT8 ? w.masks64 ? decode_panel<SK_INT8, false> : decode_panel<SK_INT8, true>
+                     : w.masks64         ? decode_panel<SK_INT4, false>
+                                         : decode_panel<SK_INT4, true>;
   for (int q = 0; q < 4; ++q) {
     const int64_t p = 4 * g + q;
     float* out = reinterpret_cast<float*>(static_cast<char*>(panels) + q * stride);
     if (p >= ceil_div(w.rows, kPanelRows))
       memset(out, 0, size_t((end - begin) * 256));
     else
-      (w.layout == SK_INT8 ? decode_panel<SK_INT8> : decode_panel<SK_INT4>)(w, p, at.value[q], begin, end, out);
+      panel(w, p, at.value[q], begin, end, out);
   }
 }
 

@@ -24,8 +24,8 @@ inline __m512i expand8(__m512i v, uint64_t mask) {
   return v;
 }
 
-// Integers of a tile in the order of its mask bits, from `at` on, which moves behind them.
-template <int Layout>
+// Reads tile after tile. Whole: there are no masks.
+template <int Layout, bool Whole>
 struct Values {
   __m512i shifts, table;
   Values() {
@@ -33,13 +33,14 @@ struct Values {
     alignas(64) uint8_t shift[64], integer[64];
     for (int i = 0; i < 64; ++i) {
       shift[i] = uint8_t(16 * (i / 2 % 4) + 4 * (i & 1));
-      integer[i] = uint8_t(int4_integer(i & 15));  // vpermb reads six bits of its index: those above a code vary
+      integer[i] = uint8_t(Whole ? (i & 15) - 8 : int4_integer(i & 15));  // vpermb reads six bits of its index: those above a code vary
     }
     shifts = _mm512_load_si512(shift);
     table = _mm512_load_si512(integer);
   }
-  inline __m512i tile(const uint8_t* base, uint64_t& at, uint64_t mask) const {
-    const uint64_t n = uint64_t(__builtin_popcountll(mask));
+  // The integers of a tile from `at` on, which moves behind them.
+  inline __m512i tile(const uint8_t* base, uint64_t& at, const uint64_t* masks, int64_t t) const {
+    const uint64_t mask = Whole ? 0 : masks[t], n = Whole ? 64 : uint64_t(__builtin_popcountll(mask));
     __m512i v;
     if (Layout == SK_INT8) {
       v = _mm512_loadu_si512(base + at);
@@ -50,37 +51,41 @@ struct Values {
       at += (n + 1) / 2;
     }
     asm("" : "+r"(at));  // keeps the position in one 64-bit register
-    return expand8(v, mask);
+    return Whole ? v : expand8(v, mask);
   }
 };
+
+inline const uint64_t* masks_of(const View& w, int64_t p) {
+  return w.masks64 ? w.masks64 + p * w.groups * kGroupTiles : nullptr;
+}
 
 inline __m512 scales_of(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-template <int Layout, int T, int Lines>
+template <int Layout, bool Whole, int T, int Lines>
 void fused_lines(const View& w, const Bytes& x, int64_t p, float* out, int64_t ld) {
   constexpr int kSets = T == 1 ? 4 : T <= 4 ? 2 : 1;  // independent sums hide the latency of the product
-  const uint64_t* masks = w.masks64 + p * w.groups * kGroupTiles;
+  const uint64_t* masks = masks_of(w, p);
   const uint16_t* scales = w.scales + p * w.groups * kPanelRows;
   const uint8_t* base = w.values + w.offsets[p];
   const uint8_t* bytes = x.bytes;
-  const Values<Layout> values;
+  const Values<Layout, Whole> values;
   const __m512i zero_point = _mm512_set1_epi8(char(128));
   uint64_t at = 0;
   __m512 sums[T];
   for (auto& s : sums) s = _mm512_setzero_ps();
-  for (int64_t g = 0; g < w.groups; ++g, scales += kPanelRows, masks += kGroupTiles) {
+  for (int64_t g = 0; g < w.groups; ++g, scales += kPanelRows) {
     __m512i dots[kSets][T], offsets[4];
     for (auto& set : dots)
       for (auto& d : set) d = _mm512_setzero_si512();
     for (auto& o : offsets) o = _mm512_setzero_si512();
-    prefetch<2>(reinterpret_cast<const uint8_t*>(masks) + kAhead / 2);
+    if (!Whole) prefetch<2>(reinterpret_cast<const uint8_t*>(masks) + g * kGroupTiles * 8 + kAhead / 2);
     if (g & 1) prefetch<1>(reinterpret_cast<const uint8_t*>(scales) + kAhead / 4);
 #pragma GCC unroll 16
     for (int i = 0; i < kGroupTiles; ++i, bytes += 4 * T) {
       if (i % 4 == 0) prefetch<Lines>(base + at + kAhead);
-      const __m512i tile = values.tile(base, at, masks[i]);
+      const __m512i tile = values.tile(base, at, masks, g * kGroupTiles + i);
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t)
         dots[i % kSets][t] =
@@ -107,11 +112,12 @@ void fused_lines(const View& w, const Bytes& x, int64_t p, float* out, int64_t l
 
 template <int Layout, int T>
 void fused_tokens(const View& w, const Bytes& x, int64_t p, float* out, int64_t ld) {
+  if (!w.masks64) return fused_lines<Layout, true, T, Layout == SK_INT8 ? 4 : 2>(w, x, p, out, ld);
   // Bytes consumed per step of four tiles, on the average of this panel.
   const int64_t step = w.groups ? int64_t(w.offsets[p + 1] - w.offsets[p]) / (4 * w.groups) : 0;
-  if (step <= 64) return fused_lines<Layout, T, 1>(w, x, p, out, ld);
-  if (step <= 128) return fused_lines<Layout, T, 2>(w, x, p, out, ld);
-  return fused_lines<Layout, T, 4>(w, x, p, out, ld);
+  if (step <= 64) return fused_lines<Layout, false, T, 1>(w, x, p, out, ld);
+  if (step <= 128) return fused_lines<Layout, false, T, 2>(w, x, p, out, ld);
+  return fused_lines<Layout, false, T, 4>(w, x, p, out, ld);
 }
 
 void fused(const View& w, const Bytes& x, int64_t p, float* out, int64_t ld) {
@@ -145,16 +151,16 @@ inline __m512 column_of(__m512i tile) {
   return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(tile, 24 - 8 * Column), 24));
 }
 
-template <int Layout>
+template <int Layout, bool Whole>
 void decode_panel(const View& w, int64_t p, uint64_t& at, int64_t begin, int64_t end, bool pairs, char* out) {
-  const Values<Layout> values;
-  const uint64_t* masks = w.masks64 + p * w.groups * kGroupTiles;
+  const Values<Layout, Whole> values;
+  const uint64_t* masks = masks_of(w, p);
   const uint8_t* base = w.values + w.offsets[p];
   uint64_t position = at;
   for (int64_t t = begin; t < end; ++t, out += pairs ? 128 : 256) {
     prefetch<1>(base + position + kAhead);
     const __m512 scale = scales_of(w.scales + (p * w.groups + t / kGroupTiles) * kPanelRows);
-    const __m512i tile = values.tile(base, position, masks[t]);
+    const __m512i tile = values.tile(base, position, masks, t);
     const __m512 columns[4] = {
         _mm512_mul_ps(column_of<0>(tile), scale), _mm512_mul_ps(column_of<1>(tile), scale),
         _mm512_mul_ps(column_of<2>(tile), scale), _mm512_mul_ps(column_of<3>(tile), scale)};
@@ -172,13 +178,16 @@ void decode_panel(const View& w, int64_t p, uint64_t& at, int64_t begin, int64_t
 
 void decode(const View& w, int64_t g, Cursor& at, int64_t begin, int64_t end, bool pairs, void* panels,
             int64_t stride) {
+  const auto panel = w.layout == SK_INT8 ? w.masks64 ? decode_panel<SK_INT8, false> : decode_panel<SK_INT8, true>
+                     : w.masks64         ? decode_panel<SK_INT4, false>
+                                         : decode_panel<SK_INT4, true>;
   for (int q = 0; q < 4; ++q) {
     const int64_t p = 4 * g + q;
     char* out = static_cast<char*>(panels) + q * stride;
     if (p >= ceil_div(w.rows, kPanelRows))
       memset(out, 0, size_t((end - begin) * 4 * (pairs ? 32 : 64)));
     else
-      (w.layout == SK_INT8 ? decode_panel<SK_INT8> : decode_panel<SK_INT4>)(w, p, at.value[q], begin, end, pairs, out);
+      panel(w, p, at.value[q], begin, end, pairs, out);
   }
 }
 

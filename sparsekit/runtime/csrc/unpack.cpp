@@ -44,16 +44,16 @@ void unpack_panel(const View& w, int64_t p, uint8_t* dense) {
 
 void unpack_quantised(const View& w, int64_t p, uint8_t* dense) {
   const uint8_t* at = w.values + w.offsets[p];
-  const uint64_t* masks = w.masks64 + p * w.groups * kGroupTiles;
+  const int64_t rows = w.rows - p * kPanelRows < kPanelRows ? w.rows - p * kPanelRows : kPanelRows;
   for (int64_t t = 0; t < w.tiles; ++t) {
     const uint16_t* scales = w.scales + (p * w.groups + t / kGroupTiles) * kPanelRows;
     int8_t tile[64];
-    integers_of_tile(w.layout, masks[t], at, tile);
-    for (uint64_t rest = masks[t]; rest; rest &= rest - 1) {
-      const int j = __builtin_ctzll(rest);
-      const int64_t row = p * kPanelRows + j / 4, column = 4 * t + j % 4;
-      from_float(float(tile[j]) * f16_to_float(scales[j / 4]), dense, w.dtype, row * w.cols + column);
-    }
+    integers_of_tile(w, p, t, at, tile);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t column = 4 * t; column < 4 * t + 4 && column < w.cols; ++column) {
+        const float weight = float(tile[4 * row + column % 4]) * f16_to_float(scales[row]);
+        from_float(weight, dense, w.dtype, (p * kPanelRows + row) * w.cols + column);
+      }
   }
 }
 
