@@ -78,7 +78,7 @@ def test_integers_are_multiplied_exactly_up_to_the_extremes(isa: str, layout: Me
     for extreme in (True, False):
         for rows, cols, density in [(33, 64, 1.0), (40, 1000, 1.0), (40, 1000, 0.99), (16, 4096, 0.5)]:
             made = quantised(rows, cols, density, layout, extreme=extreme)
-            for tokens in (1, 2, 3, 4, 9, 16):
+            for tokens in (n for n in (1, 2, 3, 4, 9, 16) if n <= FUSED_TOKENS[isa]):
                 x = torch.randint(-127, 128, (tokens, cols)).float()
                 if extreme:
                     x = torch.where(x < 0, -127.0, 127.0)

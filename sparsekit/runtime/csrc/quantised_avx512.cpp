@@ -115,8 +115,8 @@ void fused_tokens(const View& w, const Bytes& x, int64_t p, float* out, int64_t 
   if (!w.masks64) return fused_lines<Layout, true, T, Layout == SK_INT8 ? 4 : 2>(w, x, p, out, ld);
   // Bytes consumed per step of four tiles, on the average of this panel.
   const int64_t step = w.groups ? int64_t(w.offsets[p + 1] - w.offsets[p]) / (4 * w.groups) : 0;
-  if (step <= 64) return fused_lines<Layout, false, T, 1>(w, x, p, out, ld);
-  if (step <= 128) return fused_lines<Layout, false, T, 2>(w, x, p, out, ld);
+  if (step <= 72) return fused_lines<Layout, false, T, 1>(w, x, p, out, ld);
+  if (step <= 136) return fused_lines<Layout, false, T, 2>(w, x, p, out, ld);
   return fused_lines<Layout, false, T, 4>(w, x, p, out, ld);
 }
 
