@@ -48,7 +48,7 @@ class Quantised:
 def quantised(rows: int, cols: int, density: float, layout: MemoryLayout, *, extreme: bool = False) -> Quantised:
     """Random integers, or only the largest ones; some groups have the scale 0.
 
-    Every seventh row is empty or full; with a density of 1 all are full and int4 ends at 7, as in a layout without masks.
+    Every seventh row is empty or full. With a density of 1 all are full and int4 ends at 7: the layout without masks.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(repr((rows, cols, density, layout, extreme)).encode()))
     low, high = LIMITS[layout]
