@@ -233,6 +233,10 @@ class MissingExtra(ResourceError):
     """A feature whose optional dependency is not installed."""
 
 
+class WorkerLost(ResourceError):
+    """A process that worked for this one and died, or does not answer."""
+
+
 # --- runs --------------------------------------------------------------------------------------------------
 class RunError(SparsekitError):
     """A run that cannot start or go on."""

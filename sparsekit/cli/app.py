@@ -42,6 +42,7 @@ _ALLOCATION = "DefaultCPUAllocator"  # torch has no exception of its own for mem
 COMMANDS = (
     ("prune", "sparsekit.cli.prune", "prune"),
     ("eval", "sparsekit.cli.eval", "evaluate"),
+    ("bench", "sparsekit.cli.bench", "bench"),
     ("generate", "sparsekit.cli.generate", "generate"),
     ("inspect", "sparsekit.cli.inspect", "inspect"),
     ("verify", "sparsekit.cli.verify", "verify"),

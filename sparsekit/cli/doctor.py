@@ -14,6 +14,7 @@ import typer
 
 from sparsekit.cli import render
 from sparsekit.cli.options import Json
+from sparsekit.machine import cpuinfo, usable_cores
 from sparsekit.units import bytes_text
 
 _CPU_FLAGS = (
@@ -70,29 +71,20 @@ def _version(distribution: str) -> str | None:
 
 
 def _machine() -> dict[str, Any]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     total, free = _memory()
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _cpuinfo("model name") or platform.processor() or None,
+        "processor": cpuinfo("model name") or platform.processor() or None,
         "cpu_flags": _cpu_flags(),
-        "usable_cores": usable,
+        "usable_cores": usable_cores(),
         "memory_bytes": total,
         "memory_free_bytes": free,
         "disk_free_here_bytes": shutil.disk_usage(Path.cwd()).free,
     }
 
 
-def _cpuinfo(key: str) -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), None)
-
-
 def _cpu_flags() -> list[str]:
-    flags = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
+    flags = (cpuinfo("flags") or cpuinfo("Features") or "").split()
     return [flag for flag in (*_CPU_FLAGS, *_ARM_FLAGS) if flag in flags]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -56,7 +55,7 @@ def _facts(found: Inspection) -> str:
         ("files", f"{len(found.files)} safetensors, {bytes_text(found.total_bytes)} ({stored})"),
         ("sizes", ", ".join(f"{name} {_value(value)}" for name, value in found.config.items())),
     ]
-    return _pairs(rows)
+    return render.pairs(rows)
 
 
 def _linears(found: Inspection) -> str:
@@ -112,7 +111,7 @@ def _origin(found: Inspection) -> str:
     if found.nonfinite:
         name, count = next(iter(found.nonfinite.items()))
         rows.append(("damaged", f"{len(found.nonfinite)} tensors hold NaN or infinity, first {name} ({count:,})"))
-    return _pairs(rows)
+    return render.pairs(rows)
 
 
 def _agreement(found: Inspection) -> str:
@@ -133,22 +132,6 @@ def _agreement(found: Inspection) -> str:
     return (
         f"LOST: {agreement.zeros_lost:,} zeros in {len(agreement.lost)} of {agreement.pruned} pruned tensors are "
         f"weights again (fine-tuned, or an adapter merged?). {shown}{more}"
-    )
-
-
-def _pairs(rows: list[tuple[str, str]]) -> str:
-    """Return `name  value` lines; long values wrap, names of tensors stay whole where they fit."""
-    shown = [(name, value) for name, value in rows if value]
-    indent = max((len(name) for name, _ in shown), default=0) + 2
-    return "\n".join(
-        textwrap.fill(
-            render.printable(value),
-            render.WIDTH,
-            initial_indent=name.ljust(indent),
-            subsequent_indent=" " * indent,
-            break_on_hyphens=False,
-        )
-        for name, value in shown
     )
 
 

@@ -72,6 +72,27 @@ def table(
     return "\n".join(lines)
 
 
+def fill(text: str, width: int = WIDTH) -> str:
+    """Return a sentence in lines of at most `width` characters; words are broken only where they do not fit."""
+    return textwrap.fill(printable(text), width, break_on_hyphens=False)
+
+
+def pairs(rows: Sequence[tuple[str, str]], width: int = WIDTH) -> str:
+    """Return `name  value` lines; empty values are left out, long ones wrap at spaces where they can."""
+    shown = [(name, value) for name, value in rows if value]
+    indent = max((len(name) for name, _ in shown), default=0) + 2
+    return "\n".join(
+        textwrap.fill(
+            printable(value),
+            width,
+            initial_indent=name.ljust(indent),
+            subsequent_indent=" " * indent,
+            break_on_hyphens=False,
+        )
+        for name, value in shown
+    )
+
+
 # --- errors ------------------------------------------------------------------------------------------------
 def show_error(error: SparsekitError, *, as_json: bool) -> None:
     """Print an expected error: one line per problem on standard error, or a JSON document."""
