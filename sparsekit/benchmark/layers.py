@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import statistics
 from collections import defaultdict
@@ -18,6 +17,7 @@ from sparsekit.checkpoint.manifest import FILE, read_manifest
 from sparsekit.errors import NumericalError
 from sparsekit.machine import last_level_cache_bytes
 from sparsekit.runtime import native, ops
+from sparsekit.runtime.dense import StreamingLinear
 from sparsekit.runtime.measure import Contender, interleave, replicate
 from sparsekit.runtime.modules import SparseLinear
 
@@ -31,10 +31,11 @@ _TOLERANCE = 0.02  # relative, of bf16 outputs; a wrong kernel is off by far mor
 
 @dataclass(frozen=True)
 class _Linear:
-    """One linear layer."""
+    """One linear layer; `runs` names the contender that the model itself multiplies with."""
 
     name: str
     module: nn.Module
+    runs: str
     kernel: str
     pattern: str | None
     sparsity: float
@@ -91,7 +92,7 @@ class KernelTable:
         rows, cols = chosen.shape
         contenders = self._contenders(chosen)
         interleave(list(contenders.values()), rounds)
-        ours = contenders.get("packed", contenders["torch"])
+        ours = contenders[chosen.runs]
         bandwidth = contenders["read"].nbytes / contenders["read"].median
         return Layer(
             count=len(group),
@@ -99,7 +100,7 @@ class KernelTable:
             rows=rows,
             cols=cols,
             kernel=chosen.kernel,
-            isa=native.isa() if "packed" in contenders else None,
+            isa=None if chosen.runs == "torch" else native.isa(),
             pattern=chosen.pattern,
             sparsity=statistics.fmean(linear.sparsity for linear in group),
             bits_per_weight=8 * statistics.fmean(linear.nbytes for linear in group) / (rows * cols),
@@ -116,17 +117,9 @@ class KernelTable:
         rows, cols = linear.shape
         weight: Tensor = linear.module.weight.detach().contiguous()  # type: ignore[operator]
         x = torch.randn(1, cols, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-        y = torch.empty(1, rows, dtype=weight.dtype)
         dense = replicate(weight.view(torch.uint8).reshape(-1), self._total, _MOST_COPIES)
         views = [copy.view(weight.dtype).reshape(rows, cols) for copy in dense]
-        lib, stream, dtype = native.library(), self._stream, native.dtype_of(weight.dtype)
-        strides = (1, cols, rows, dtype, dtype, self._threads)
-        call = native.Call(None, 0, x.data_ptr(), None, y.data_ptr(), *strides)
-        addresses = [copy.data_ptr() for copy in dense]
-
-        def stream_dense(i: int) -> Tensor:
-            native.check(lib.sk_dense(ctypes.byref(call), addresses[i], rows, cols, dtype), linear.name)
-            return y
+        lib, stream = native.library(), self._stream
 
         def read(_: int) -> object:
             return lib.sk_read(stream.data_ptr(), stream.numel(), self._threads)
@@ -135,7 +128,7 @@ class KernelTable:
         found = {
             "read": Contender("read", read, 1, stream.numel(), stream),
             "torch": Contender("torch", lambda i: nn.functional.linear(x, views[i]), len(dense), size, views),
-            "dense": Contender("dense", stream_dense, len(dense), size, (call, x, y, dense)),
+            "dense": Contender("dense", lambda i: ops.linear_dense(x, views[i], None), len(dense), size, views),
         }
         if isinstance(linear.module, SparseLinear) and linear.module.packed is not None:
             packed = replicate(linear.module.packed, self._total, _MOST_COPIES)
@@ -174,13 +167,14 @@ def _linears(model: nn.Module, patterns: Mapping[str, str | None]) -> list[_Line
             if kernel not in _INTEGERS:
                 kernel += f" {info.dtype.name.lower()}"
             sparsity = 1 - info.nnz / max(info.shape[0] * info.shape[1], 1)
-            found.append(_Linear(name, module, kernel, patterns.get(name), sparsity, module.packed.numel()))
+            found.append(_Linear(name, module, "packed", kernel, patterns.get(name), sparsity, module.packed.numel()))
         elif isinstance(module, nn.Linear):
             weight = module.weight.detach()
-            kernel = f"torch {native.dtype_of(weight.dtype).name.lower()}"
+            runs = "dense" if isinstance(module, StreamingLinear) else "torch"
+            kernel = f"{runs} {native.dtype_of(weight.dtype).name.lower()}"
             sparsity = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
             nbytes = weight.numel() * weight.element_size()
-            found.append(_Linear(name, module, kernel, patterns.get(name), sparsity, nbytes))
+            found.append(_Linear(name, module, runs, kernel, patterns.get(name), sparsity, nbytes))
     return found
 
 

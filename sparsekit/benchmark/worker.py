@@ -27,6 +27,7 @@ from sparsekit.errors import ModelError, SparsekitError
 from sparsekit.machine import resident_bytes
 from sparsekit.models.source import open_model
 from sparsekit.progress import Silent
+from sparsekit.runtime.dense import use_streaming
 from sparsekit.runtime.layers import describe_runtime
 
 
@@ -56,7 +57,7 @@ class Bench:
         start = time.perf_counter()
         source = open_model(folder, Silent(), trust_remote_code=trust_remote_code)
         self._model = source.load(packed=kind == "packed")
-        streaming = _use_streaming(self._model) if kind == "streaming" else 0
+        streaming = use_streaming(self._model) if kind == "streaming" else 0
         seconds = time.perf_counter() - start
         # No end of text: exactly as many tokens as asked for, each the likeliest.
         self._model.generation_config = GenerationConfig(do_sample=False, use_cache=True)
@@ -121,12 +122,6 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
 
     def end(self) -> None:
         pass
-
-
-def _use_streaming(model: torch.nn.Module) -> int:
-    from sparsekit.runtime.dense import use_streaming
-
-    return use_streaming(model)
 
 
 def main() -> None:
