@@ -16,6 +16,7 @@ from sparsekit.benchmark.result import Layer
 from sparsekit.checkpoint.manifest import FILE, read_manifest
 from sparsekit.errors import NumericalError
 from sparsekit.machine import last_level_cache_bytes
+from sparsekit.pack.verify import pruned_claims
 from sparsekit.runtime import native, ops
 from sparsekit.runtime.dense import StreamingLinear
 from sparsekit.runtime.measure import Contender, interleave, replicate
@@ -158,7 +159,7 @@ def _check(found: Mapping[str, Contender], x: Tensor, weight: Tensor, name: str)
             )
 
 
-def _linears(model: nn.Module, patterns: Mapping[str, str | None]) -> list[_Linear]:
+def _linears(model: nn.Module, patterns: Mapping[str, str]) -> list[_Linear]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear) and module.packed is not None:
@@ -178,8 +179,9 @@ def _linears(model: nn.Module, patterns: Mapping[str, str | None]) -> list[_Line
     return found
 
 
-def _patterns(folder: Path) -> dict[str, str | None]:
-    """Return linear -> pattern as the manifest says; empty without one."""
+def _patterns(folder: Path) -> dict[str, str]:
+    """Return pruned linear -> pattern as the manifest says; empty without one."""
     if not (folder / FILE).is_file():
         return {}
-    return {name.removesuffix(".weight"): facts.pattern for name, facts in read_manifest(folder).tensors.items()}
+    claims = pruned_claims(read_manifest(folder))
+    return {name.removesuffix(".weight"): claim.pattern for name, claim in claims.items()}
