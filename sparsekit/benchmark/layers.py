@@ -19,6 +19,7 @@ from sparsekit.machine import last_level_cache_bytes
 from sparsekit.pack.verify import pruned_claims
 from sparsekit.runtime import native, ops
 from sparsekit.runtime.dense import StreamingLinear
+from sparsekit.runtime.layers import dense_weight, linears
 from sparsekit.runtime.measure import Contender, interleave, replicate
 from sparsekit.runtime.modules import SparseLinear
 
@@ -36,15 +37,12 @@ class _Linear:
 
     name: str
     module: nn.Module
+    shape: tuple[int, int]
     runs: str
     kernel: str
     pattern: str | None
     sparsity: float
     nbytes: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
 
 
 class KernelTable:
@@ -116,7 +114,7 @@ class KernelTable:
     def _contenders(self, linear: _Linear) -> dict[str, Contender]:
         """Return what takes turns: reading memory, torch, the streaming dense kernel, the packed kernel."""
         rows, cols = linear.shape
-        weight: Tensor = linear.module.weight.detach().contiguous()  # type: ignore[operator]
+        weight = dense_weight(linear.module)
         x = torch.randn(1, cols, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
         dense = replicate(weight.view(torch.uint8).reshape(-1), self._total, _MOST_COPIES)
         views = [copy.view(weight.dtype).reshape(rows, cols) for copy in dense]
@@ -160,23 +158,23 @@ def _check(found: Mapping[str, Contender], x: Tensor, weight: Tensor, name: str)
 
 
 def _linears(model: nn.Module, patterns: Mapping[str, str]) -> list[_Linear]:
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, SparseLinear) and module.packed is not None:
-            info = native.info(module.packed)
-            kernel = info.layout.name.lower()
-            if kernel not in _INTEGERS:
-                kernel += f" {info.dtype.name.lower()}"
-            sparsity = 1 - info.nnz / max(info.shape[0] * info.shape[1], 1)
-            found.append(_Linear(name, module, "packed", kernel, patterns.get(name), sparsity, module.packed.numel()))
-        elif isinstance(module, nn.Linear):
-            weight = module.weight.detach()
-            runs = "dense" if isinstance(module, StreamingLinear) else "torch"
-            kernel = f"{runs} {native.dtype_of(weight.dtype).name.lower()}"
-            sparsity = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
-            nbytes = weight.numel() * weight.element_size()
-            found.append(_Linear(name, module, runs, kernel, patterns.get(name), sparsity, nbytes))
-    return found
+    return [_linear(name, module, patterns.get(name)) for name, module in linears(model)]
+
+
+def _linear(name: str, module: nn.Module, pattern: str | None) -> _Linear:
+    if isinstance(module, SparseLinear) and module.packed is not None:
+        info = native.info(module.packed)
+        kernel = info.layout.name.lower()
+        if kernel not in _INTEGERS:
+            kernel += f" {info.dtype.name.lower()}"
+        sparsity = 1 - info.nnz / max(info.shape[0] * info.shape[1], 1)
+        return _Linear(name, module, info.shape, "packed", kernel, pattern, sparsity, module.packed.numel())
+    weight = dense_weight(module)
+    runs = "dense" if isinstance(module, StreamingLinear) else "torch"
+    kernel = f"{runs} {native.dtype_of(weight.dtype).name.lower()}"
+    sparsity = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
+    rows, cols = weight.shape
+    return _Linear(name, module, (rows, cols), runs, kernel, pattern, sparsity, weight.numel() * weight.element_size())
 
 
 def _patterns(folder: Path) -> dict[str, str]:

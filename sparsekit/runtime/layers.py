@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekit.runtime import native
 from sparsekit.runtime.modules import SparseLinear
@@ -31,8 +33,25 @@ class Runtime:
         return f"{self.packed} of {self.linears} linears packed, {self.isa}"
 
 
+def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of every layer that is one product with a weight matrix."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear | nn.Linear | Conv1D):
+            yield name, module
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a layer of `linears` as [out, in], contiguous; packed ones are unpacked."""
+    if isinstance(module, SparseLinear) and module.packed is not None:
+        return native.unpack(module.packed).to(module.dtype)
+    weight: Any = module.weight
+    stored: Tensor = weight.detach()
+    return stored.contiguous() if isinstance(module, nn.Linear) else stored.T.contiguous()
+
+
 def describe_runtime(model: nn.Module) -> Runtime:
     """Count a model's layers by what they multiply with."""
-    packed = sum(isinstance(module, SparseLinear) for module in model.modules())
-    dense = sum(isinstance(module, nn.Linear) for module in model.modules())
-    return Runtime(packed, packed + dense, native.isa() if packed else None)
+    found = [isinstance(module, SparseLinear) for _, module in linears(model)]
+    return Runtime(sum(found), len(found), native.isa() if any(found) else None)
