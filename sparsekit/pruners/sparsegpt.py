@@ -49,7 +49,7 @@ class SparseGPT(LayerPruner[SparseGPTOptions]):
         """Factor the gram matrix once; every level is a sweep of its own."""
         gram = stats["gram"]
         assert isinstance(gram, Gram)  # noqa: S101  (the walker delivers what `needs` names)
-        factor = inverse_factor(gram.matrix, self.options.damping)
+        factor = gram.once(inverse_factor, self.options.damping)
         cost = factor.upper.diagonal().square().reciprocal_().float().masked_fill_(factor.dead, 0)  # 1 / U_jj^2
 
         def at(pattern: Pattern, budget: int) -> Pruned:

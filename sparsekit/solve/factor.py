@@ -25,8 +25,8 @@ class InverseFactor:
 
     Attributes:
         upper: U, [in, in] float64, upper triangular.
-        dead: Input channels that were zero in every token, [in] bool; their row and column of U are those of the
-            identity, so nothing is ever moved onto or away from them.
+        dead: Input channels that were zero in every token, [in] bool; their row and column of U are zero outside the
+            diagonal, so nothing is ever moved onto or away from them.
         damping: What was added to the diagonal, as a share of its mean.
         notes: Says so if that is more than was asked for.
     """
@@ -38,13 +38,10 @@ class InverseFactor:
 
 
 def damped(gram: Tensor, share: float) -> Tensor:
-    """Return `gram: [in, in]` float64 plus `share` times its mean diagonal; dead channels get a diagonal of 1."""
-    diagonal = gram.diagonal()
-    dead = diagonal == 0
-    alive = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    """Return `gram: [in, in]` float64 plus `share` times the mean diagonal of the channels that were ever nonzero."""
+    seen = gram.diagonal()[gram.diagonal() != 0]
     result = gram.clone()
-    result.diagonal().add_(share * alive)
-    result.diagonal()[dead] = 1.0
+    result.diagonal().add_(share * (float(seen.mean()) if len(seen) else 1.0))
     return result
 
 

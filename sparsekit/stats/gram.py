@@ -12,13 +12,17 @@ Numbers: equals a direct float64 computation to 1e-6 (tests/unit/test_gram.py).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sparsekit.contracts import Stat
 from sparsekit.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _COLUMNS = 512  # columns of a block: large enough for full speed of the product, small enough to save near half of it
 _ROWS = 2048  # tokens summed in float32 before they are added to the float64 sums
@@ -30,9 +34,11 @@ class Gram(Stat):
     def __init__(self, in_features: int) -> None:
         super().__init__(in_features)
         self._upper = torch.zeros(in_features, in_features, dtype=torch.float64)  # blocks on and above the diagonal
+        self._results: dict[Any, Any] = {}
 
     def update(self, x: Tensor) -> None:
         """Add `x: [tokens, in]`."""
+        self._results.clear()
         for first in range(0, x.shape[0], _ROWS):
             rows = x[first : first + _ROWS]
             for start in range(0, self.in_features, _COLUMNS):
@@ -43,6 +49,7 @@ class Gram(Stat):
     def merge(self, other: Stat, scale: float = 1.0) -> None:
         """Add `scale` times what `other` has seen."""
         assert isinstance(other, Gram)  # noqa: S101  (the walker merges only statistics of one kind)
+        self._results.clear()
         self._upper.add_(other._upper, alpha=scale)
         self.tokens += round(scale * other.tokens)
 
@@ -51,6 +58,17 @@ class Gram(Stat):
         """G, [in, in] float64, symmetric; a copy."""
         upper = self._upper.triu()
         return upper + upper.triu(1).T
+
+    def once(self, make: Callable[Concatenate[Tensor, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return `make(matrix, ...)`, computed once: q, k and v share a statistic, gate and up, and so its factors.
+
+        The result lives as long as the statistic sees nothing new; nobody may change it.
+        """
+        key = (make, args, tuple(sorted(kwargs.items())))
+        if key not in self._results:
+            self._results[key] = make(self.matrix, *args, **kwargs)
+        result: T = self._results[key]
+        return result
 
     @classmethod
     def nbytes(cls, in_features: int) -> int:

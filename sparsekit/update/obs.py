@@ -43,6 +43,6 @@ class OBS(WeightUpdate[OBSOptions]):
         """Sweep the dense weight with the mask of `start`."""
         gram = stats["gram"]
         assert isinstance(gram, Gram)  # noqa: S101  (the walker delivers what `needs` names)
-        factor = inverse_factor(gram.matrix, self.options.damping)
+        factor = gram.once(inverse_factor, self.options.damping)
         moved, _ = sweep(weight, factor.upper, lambda _, first, last: start.keep[:, first:last], _STRIP, _STRIP)
         return Pruned(moved, start.keep, factor.notes)

@@ -54,3 +54,21 @@ def test_merging_adds_what_the_other_has_seen():
 def test_nbytes_is_what_it_holds():
     stat = of(inputs(width=64))
     assert Gram.nbytes(64) == stat.matrix.numel() * 8
+
+
+def test_what_is_computed_once_is_shared_until_the_sums_change():
+    stat, made = of(inputs(width=16)), []
+
+    def trace(matrix, share, *, power=1):
+        made.append((share, power))
+        return float(matrix.trace()) * share**power
+
+    assert stat.once(trace, 0.5) == stat.once(trace, 0.5)
+    assert stat.once(trace, 0.25) != stat.once(trace, 0.5, power=3)
+    assert made == [(0.5, 1), (0.25, 1), (0.5, 3)]
+    before = stat.once(trace, 0.5)
+    stat.update(inputs(width=16, seed=1))
+    assert stat.once(trace, 0.5) > before
+    stat.merge(of(inputs(width=16)))
+    assert stat.once(trace, 0.5) == float(stat.matrix.trace()) * 0.5
+    assert len(made) == 5
