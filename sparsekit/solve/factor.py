@@ -45,6 +45,45 @@ def damped(gram: Tensor, share: float) -> Tensor:
     return result
 
 
+@dataclass(frozen=True)
+class ScaledEigen:
+    """Eigendecomposition of a damped gram matrix, scaled to unit diagonal: H / (r r^T) = Q diag(values) Q^T.
+
+    Attributes:
+        scale: r, [in] float32: weights times it and inputs divided by it leave the outputs as they are.
+        values: [in] float32, positive.
+        vectors: Q, [in, in] float32.
+    """
+
+    scale: Tensor
+    values: Tensor
+    vectors: Tensor
+
+    def inverse(self, shift: float) -> Tensor:
+        """Return (H / (r r^T) + shift I)^-1, [in, in] float32."""
+        return (self.vectors / (self.values + shift)) @ self.vectors.T
+
+
+def scaled_eigen(gram: Tensor, damping: float) -> ScaledEigen:
+    """Decompose `gram: [in, in]` float64, damped by a share of its mean diagonal and scaled to unit diagonal.
+
+    Raises:
+        NonFinite: The matrix is not finite.
+    """
+    _require_finite(gram)
+    hessian = damped(gram, damping)
+    scale = hessian.diagonal().sqrt()
+    values, vectors = torch.linalg.eigh(hessian / torch.outer(scale, scale))
+    # Rounding may leave an eigenvalue of a singular matrix below what the damping guarantees.
+    least = damping * float(gram.diagonal().mean()) / float(hessian.diagonal().max())
+    return ScaledEigen(scale.float(), values.clamp_min(least).float(), vectors.float())
+
+
+def _require_finite(gram: Tensor) -> None:
+    if not bool(torch.isfinite(gram).all()):
+        raise NonFinite("the gram matrix of the inputs is not finite", hint="Run with --dtype fp32 or bf16.")
+
+
 def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
     """Factor the inverse of a gram matrix; where Cholesky fails the damping is tripled, up to 30 %, and reported.
 
@@ -56,8 +95,7 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
         NonFinite: The matrix is not finite.
         NumericalError: It is not positive definite even with 30 %.
     """
-    if not bool(torch.isfinite(gram).all()):
-        raise NonFinite("the gram matrix of the inputs is not finite", hint="Run with --dtype fp32 or bf16.")
+    _require_finite(gram)
     share = damping
     while True:
         # With G = R R^T, R upper triangular, U is R^-1. Reversing rows and columns turns Cholesky's lower into R.

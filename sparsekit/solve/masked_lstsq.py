@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 _STEPS = 50
 _PASSES = 4  # of float32 steps, each from a residual in float64
-_TYPICAL_STEPS = 60  # what conjugate gradients are taken to cost when the cheaper way is chosen
+_TYPICAL_STEPS = 30  # what conjugate gradients are taken to cost when the cheaper way is chosen
 
 
-def masked_lstsq(weight: Tensor, keep: Tensor, hessian: Tensor, start: Tensor, *, rtol: float = 1e-5) -> Tensor:
+def masked_lstsq(weight: Tensor, keep: Tensor, hessian: Tensor, start: Tensor, *, rtol: float = 3e-3) -> Tensor:
     """Return the optimal kept weights, to a relative accuracy of the gradient.
 
     Args:
@@ -33,7 +33,8 @@ def masked_lstsq(weight: Tensor, keep: Tensor, hessian: Tensor, start: Tensor, *
         keep: [out, in] bool.
         hessian: H, [in, in] float64, positive definite.
         start: Weight to begin with, [out, in] float32, zero outside `keep`.
-        rtol: Norm of the gradient on the support at which a row is done, relative to that of the rounded-to-zero row.
+        rtol: Norm of the gradient on the support at which a row is done, relative to that of the row as it is when its
+            weights are only set to zero. 3e-3 left 0.01 to 0.05 % of the least error on real linears.
 
     Returns:
         [out, in] float32, zero outside `keep`.
@@ -76,7 +77,7 @@ def conjugate_gradients(
         hessian: [in, in] float64, positive definite.
         start: [out, in] float32, zero outside `keep`.
         steps: Most steps.
-        rtol: A row is done when its gradient on the support is that much smaller than the rounded-to-zero row's.
+        rtol: A row is done when its gradient on the support is at most that times what setting to zero leaves.
 
     Returns:
         [out, in] float32; `start` itself if it is accurate enough.
