@@ -42,7 +42,7 @@ class ALPSOptions(MethodOptions):
 
     damping: float = Field(default=0.01, gt=0, le=0.3, description="added to the diagonal, as a share of its mean")
     rho: float = Field(default=0.1, gt=0, description="first penalty on the distance to the sparse weight")
-    steps: int = Field(default=300, ge=1, description="most ADMM steps")
+    admm_steps: int = Field(default=300, ge=1, description="most ADMM steps")
     refit_steps: int = Field(default=10, ge=0, description="conjugate gradient steps on the final support")
 
 
@@ -80,7 +80,7 @@ class ALPS(LayerPruner[ALPSOptions]):
         inverse = eigen.inverse(rho)
         w, v = dense, torch.zeros_like(dense)
         d, seen = nearest(dense)
-        for step in range(1, self.options.steps + 1):
+        for step in range(1, self.options.admm_steps + 1):
             # eq. 4: (W0 H - V + rho D)(H + rho I)^-1, written as a change of W0
             w = torch.addmm(dense, (d - dense).mul_(rho).sub_(v), inverse)
             d, keep = nearest(w + v / rho)

@@ -1,7 +1,7 @@
 """RIA: relative importance and activations.
 
-What it does: score_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_:j||_2 ^ a: a weight counts by its share
-    of what its input channel sends and of what its output receives, so that no channel is emptied.
+What it does: score_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_:j||_2 ^ power: a weight counts by its
+    share of what its input channel sends and of what its output receives, so that no channel is emptied.
 Source: Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
     ICLR 2024 (literature), eq. 2 and 4.
 Shapes: weight [out, in], sumsq norm [in] -> keep [out, in].
@@ -30,7 +30,7 @@ _TINY = 1e-30  # a sum of zeros divides zeros only
 class RIAOptions(MethodOptions):
     """Options of `ria`."""
 
-    a: float = Field(default=0.5, ge=0, le=4, description="power of the input norm; 0: no data used")
+    power: float = Field(default=0.5, ge=0, le=4, description="of the input norm; 0: relative importance alone")
     group: Group = "linear"
 
 
@@ -41,9 +41,9 @@ class RIA(LayerPruner[RIAOptions]):
     needs = frozenset({"sumsq"})
 
     def fit(self, linear: LinearInfo, weight: Tensor, stats: Stats) -> Level:
-        """Score every weight by its shares of its column and row, times the norm of its input channel to the a."""
+        """Score every weight by its shares of its column and row, times the norm of its input channel to the power."""
         sumsq = stats["sumsq"]
         assert isinstance(sumsq, SumSq)  # noqa: S101  (the walker delivers what `needs` names)
         size = weight.abs()
         shares = size / size.sum(dim=0).clamp_min(_TINY) + size / size.sum(dim=1, keepdim=True).clamp_min(_TINY)
-        return ranked(weight, shares.mul_(sumsq.norm().pow_(self.options.a)), self.options.group)  # eq. 4
+        return ranked(weight, shares.mul_(sumsq.norm().pow_(self.options.power)), self.options.group)  # eq. 4

@@ -99,10 +99,12 @@ class PruneStage(Section):
         description="allocator: a name, or method and options",
     )
     refine: Annotated[
-        SerializeAsAny[RefineSpec] | None, PlainValidator(lambda value: value and _part("refine", value))
+        SerializeAsAny[RefineSpec] | None,
+        PlainValidator(lambda value: None if value is None else _part("refine", value)),
     ] = Field(default=None, description="refiner of the masks: a name, or method and options")
     update: Annotated[
-        SerializeAsAny[UpdateSpec] | None, PlainValidator(lambda value: value and _part("update", value))
+        SerializeAsAny[UpdateSpec] | None,
+        PlainValidator(lambda value: None if value is None else _part("update", value)),
     ] = Field(default=None, description="update of the kept weights: a name, or method and options")
     targets: tuple[str, ...] = Field(
         default=(), description="globs or re:... over dotted linear names; empty: every linear in the blocks"

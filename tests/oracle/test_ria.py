@@ -37,14 +37,14 @@ def published(weight, x, a):
 @pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4)], ids=str)
 def test_keeps_the_best_published_scores(a, group, pattern):
     weight, x, stats = problem()
-    got = RIA(RIAOptions(a=a, group=group), 0).fit(INFO, weight, stats)(pattern, OUT * IN // 2)
+    got = RIA(RIAOptions(power=a, group=group), 0).fit(INFO, weight, stats)(pattern, OUT * IN // 2)
     assert torch.equal(got.keep, select(published(weight, x, a), pattern, OUT * IN // 2, group))
     assert torch.equal(got.weight, torch.where(got.keep, weight, 0))
 
 
 def test_without_activations_it_is_relative_importance_and_ignores_the_text():
     weight, x, stats = problem()
-    options = RIAOptions(a=0.0)
+    options = RIAOptions(power=0.0)
     other = SumSq(IN)
     other.update(x.flip(1))
     one = RIA(options, 0).fit(INFO, weight, stats)(Unstructured(), 90)

@@ -86,6 +86,9 @@ def test_a_missing_key_is_reported_at_its_mapping(
         return  # an allocation without a name is uniform
     parent = data["stages"][0] if path else data
     pattern = parent.get("pattern", "")
+    part = path.removeprefix("stages.0").removeprefix(".")
+    if part:
+        parent = parent[part]
     del parent[key]
     if key == "sparsity" and ":" in pattern:
         path_ = tmp_path / "r.yaml"
@@ -96,8 +99,10 @@ def test_a_missing_key_is_reported_at_its_mapping(
     changed = dump_yaml(data)
     message = _refusal(changed, tmp_path).splitlines()
     if path:
-        row = next(number for number, text_ in enumerate(changed.splitlines(), 1) if text_.startswith("- "))
-        assert message[0].startswith(f"r.yaml:{row}:3: {path}: missing key {key!r}")
+        start = f"  {part}:" if part else "- "
+        row = next(number for number, text_ in enumerate(changed.splitlines(), 1) if text_.startswith(start))
+        place = f"{row + 1}:5" if part else f"{row}:3"
+        assert message[0].startswith(f"r.yaml:{place}: {path}: missing key {key!r}")
     else:
         assert message[0].startswith(f"r.yaml:1:1: missing key {key!r}")
     assert len(message) == 1
