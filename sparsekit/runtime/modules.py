@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import ShapeMismatch
-from sparsekit.runtime import native, ops
+from sparsekit.runtime import groups, native, ops
 from sparsekit.runtime.repack import pack_dense
 
 DENSE_FROM_TOKENS = 64
@@ -33,7 +34,10 @@ class SparseLinear(nn.Module):
         dtype: Dtype that `weight` has when it is read; the packed values may be narrower where that is exact.
         packed: u8 buffer that the kernels read; None until there is a weight.
         bias: [out] or None.
+        followers: Layers whose products it computes as well, see `groups`.
     """
+
+    followers: tuple[weakref.ref[groups.Layer], ...] | None = ()
 
     def __init__(self, dense: nn.Module, *, transposed: bool = False) -> None:
         """Take the place of `dense`, an nn.Linear or, if `transposed`, a layer with weight [in, out]."""
@@ -93,12 +97,18 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x W^T + b` for `x: [..., in]`."""
+        if not torch.compiler.is_compiling() and groups.groupable(self, x):
+            return groups.product(self, x)
         packed = self.packed
         if packed is None:
             raise RuntimeError("this SparseLinear has no weight yet")
         if x.numel() >= DENSE_FROM_TOKENS * self.in_features and native.isa() != "avx512bf16":
             return nn.functional.linear(x, native.unpack(packed).to(x.dtype), self.bias)
         return ops.linear(x, packed, self.bias, self.out_features)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles know nothing of the layers that follow the original."""
+        return {name: value for name, value in self.__dict__.items() if name != "followers"}
 
     def extra_repr(self) -> str:
         """Describe the layer where modules are printed."""

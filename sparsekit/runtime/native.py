@@ -137,6 +137,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "sk_dense_mask": (c_int64, (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int)),
     "sk_compact": (c_int, (c_void_p, POINTER(_Bitmask), c_void_p, c_int)),
     "sk_linear": (c_int, (POINTER(Call),)),
+    "sk_linear_group": (c_int, (POINTER(Call), c_int)),
     "sk_dense": (c_int, (POINTER(Call), c_void_p, c_int64, c_int64, c_int32)),
     "sk_read": (c_uint64, (c_void_p, c_int64, c_int)),
     "sk_torch_symbol": (c_char_p, (c_int,)),

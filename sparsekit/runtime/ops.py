@@ -7,7 +7,8 @@ Their CPU kernels are registered by the first of these that this installation al
 
 `SPARSEKIT_BACKEND` forces one. Where the kernels are missing there is no packed weight: `pack` says so, and a caller
 unpacks and multiplies with torch. Fake kernels let torch.compile trace the operators, and both have gradients; that of
-a packed product with respect to its input unpacks the weight.
+a packed product with respect to its input unpacks the weight. `linear_packed_2` and `_3` multiply one input with
+several packed weights, which saves the preparation of the input and the waking of threads for all but one.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sparsekit.errors import KernelError
-from sparsekit.lazy import torch
 from sparsekit.runtime import native
 
 if TYPE_CHECKING:
@@ -27,8 +29,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+PACKED = ("linear_packed", "linear_packed_2", "linear_packed_3")
+"""Operators by number of weights."""
 SCHEMAS = (
     "linear_packed(Tensor x, Tensor packed, Tensor? bias, int rows) -> Tensor",
+    "linear_packed_2(Tensor x, Tensor packed, Tensor? bias, int rows, Tensor packed2, Tensor? bias2, int rows2)"
+    " -> (Tensor, Tensor)",
+    "linear_packed_3(Tensor x, Tensor packed, Tensor? bias, int rows, Tensor packed2, Tensor? bias2, int rows2,"
+    " Tensor packed3, Tensor? bias3, int rows3) -> (Tensor, Tensor, Tensor)",
     "linear_dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
 )
 BACKENDS = ("stable", "ctypes")
@@ -54,7 +62,26 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> Tensor:
         KernelsMissing: There are no kernels.
         RuntimeError: Shapes or dtypes do not fit.
     """
-    return _call("linear_packed", x, packed, bias, rows)
+    result: Tensor = _call("linear_packed", x, packed, bias, rows)
+    return result
+
+
+def linear_group(x: Tensor, *members: Any) -> tuple[Tensor, ...]:
+    """Return the products of one input with two or three packed weights in one call.
+
+    Args:
+        x: [..., cols], bf16, fp16 or fp32.
+        members: `packed, bias, rows` of each weight as in `linear`, one after the other.
+
+    Returns:
+        A tensor for each weight, as `linear` returns it.
+
+    Raises:
+        KernelsMissing: There are no kernels.
+        RuntimeError: Shapes or dtypes do not fit.
+    """
+    results: tuple[Tensor, ...] = _call(PACKED[len(members) // 3 - 1], x, *members)
+    return results
 
 
 def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -72,25 +99,23 @@ def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         KernelsMissing: There are no kernels.
         RuntimeError: Shapes or dtypes do not fit.
     """
-    return _call("linear_dense", x, weight, bias)
-
-
-def _call(name: str, *arguments: Any) -> Tensor:
-    if torch.compiler.is_compiling():
-        traced: Tensor = getattr(torch.ops.sparsekit, name).default(*arguments)
-        return traced
-    operator = _operators()[name]
-    if torch.is_grad_enabled():
-        differentiable: Tensor = operator(*arguments)
-        return differentiable
-    # The gradient's part of the dispatcher is Python and costs more than all the rest of a call: go below it.
-    with torch._C._AutoDispatchBelowAutograd():
-        result: Tensor = operator(*arguments)
+    result: Tensor = _call("linear_dense", x, weight, bias)
     return result
 
 
+def _call(name: str, *arguments: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.sparsekit, name).default(*arguments)
+    operator = _operators()[name]
+    if torch.is_grad_enabled():
+        return operator(*arguments)
+    # The gradient's part of the dispatcher is Python and costs more than all the rest of a call: go below it.
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
 @functools.lru_cache(maxsize=1)
-def _operators() -> dict[str, Callable[..., Tensor]]:
+def _operators() -> dict[str, Callable[..., Any]]:
     register()
     names = [schema.partition("(")[0] for schema in SCHEMAS]
     return {name: getattr(torch.ops.sparsekit, name).default for name in names}
@@ -121,16 +146,17 @@ def register() -> str:
             where="SPARSEKIT_BACKEND",
             hint="Unset it, or install torch 2.10 or later.",
         )
-    if backend == "ctypes":
-        definition.impl("linear_packed", _packed_ctypes, "CPU")
-        definition.impl("linear_dense", _dense_ctypes, "CPU")
-    for name, fake, backward, remember in (
-        ("linear_packed", _packed_fake, _packed_backward, _packed_remember),
-        ("linear_dense", _dense_fake, _dense_backward, _dense_remember),
-    ):
-        torch.library.register_fake(f"sparsekit::{name}", fake, lib=definition)
-        torch.library.register_autograd(f"sparsekit::{name}", backward, setup_context=remember, lib=definition)
+    for name in PACKED:
+        _implement(definition, name, backend, _packed_ctypes, _packed_fake, _packed_backward, _packed_remember)
+    _implement(definition, "linear_dense", backend, _dense_ctypes, _dense_fake, _dense_backward, _dense_remember)
     return backend
+
+
+def _implement(definition: Any, name: str, backend: str, kernel: Any, fake: Any, backward: Any, remember: Any) -> None:
+    if backend == "ctypes":
+        definition.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"sparsekit::{name}", fake, lib=definition)
+    torch.library.register_autograd(f"sparsekit::{name}", backward, setup_context=remember, lib=definition)
 
 
 def _register_stable(lib: ctypes.CDLL) -> bool:
@@ -169,33 +195,53 @@ def _product(x: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> tuple[na
     return call, y, (x, bias)
 
 
-def _packed_ctypes(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    found = native.info(packed)
-    if found.shape[0] != rows:
-        raise RuntimeError(f"sparsekit: the packed weight has {found.shape[0]} rows, not {rows}")
-    call, y, _kept = _product(x, bias, found.shape)
-    call.packed, call.packed_bytes = packed.data_ptr(), packed.numel()
-    native.check(native.library().sk_linear(ctypes.byref(call)), "linear_packed")
-    return y
+def _packed_ctypes(x: Tensor, *members: Any) -> Any:
+    prepared = []
+    for packed, bias, rows in _each(members):
+        found = native.info(packed)
+        if found.shape[0] != rows:
+            raise RuntimeError(f"sparsekit: the packed weight has {found.shape[0]} rows, not {rows}")
+        call, y, kept = _product(x, bias, found.shape)
+        call.packed, call.packed_bytes = packed.data_ptr(), packed.numel()
+        x = kept[0]  # contiguous, so that all calls have the same address
+        prepared.append((call, y, kept))
+    calls = (native.Call * len(prepared))(*(call for call, _, _ in prepared))
+    native.check(native.library().sk_linear_group(calls, len(calls)), "linear_packed")
+    return _one_or_all([y for _, y, _ in prepared])
 
 
-def _packed_fake(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    return torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
+def _each(members: tuple[Any, ...]) -> list[tuple[Tensor, Tensor | None, int]]:
+    """Return (packed, bias, rows) of each weight."""
+    return [members[i : i + 3] for i in range(0, len(members), 3)]
 
 
-def _packed_remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.has_bias = inputs[2] is not None
+def _one_or_all(results: list[Tensor]) -> Any:
+    return results[0] if len(results) == 1 else tuple(results)
 
 
-def _packed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
-    (packed,) = ctx.saved_tensors
-    weight = native.unpack(packed).to(gradient.dtype)
-    return gradient @ weight, None, _bias_gradient(ctx, gradient), None
+def _packed_fake(x: Tensor, *members: Any) -> Any:
+    shapes = [(*x.shape[:-1], rows) for _, _, rows in _each(members)]
+    return _one_or_all([torch.empty(shape, dtype=x.dtype, device=x.device) for shape in shapes])
 
 
-def _bias_gradient(ctx: Any, gradient: Tensor) -> Tensor | None:
-    return gradient.flatten(0, -2).sum(0) if ctx.has_bias else None
+def _packed_remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    members = _each(inputs[1:])
+    ctx.save_for_backward(*(packed for packed, _, _ in members))
+    ctx.has_bias = [bias is not None for _, bias, _ in members]
+
+
+def _packed_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    of_x: Tensor | None = None
+    of_members: list[Tensor | None] = []
+    for packed, has_bias, gradient in zip(ctx.saved_tensors, ctx.has_bias, gradients, strict=True):
+        part = gradient @ native.unpack(packed).to(gradient.dtype)
+        of_x = part if of_x is None else of_x + part
+        of_members += [None, _bias_gradient(has_bias, gradient), None]
+    return of_x, *of_members
+
+
+def _bias_gradient(has_bias: bool, gradient: Tensor) -> Tensor | None:
+    return gradient.reshape(-1, gradient.shape[-1]).sum(0) if has_bias else None
 
 
 def _dense_ctypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -219,4 +265,5 @@ def _dense_remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], outp
 
 def _dense_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     x, weight = ctx.saved_tensors
-    return gradient @ weight, gradient.flatten(0, -2).T @ x.flatten(0, -2), _bias_gradient(ctx, gradient)
+    rows, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+    return gradient @ weight, rows.T @ inputs, _bias_gradient(ctx.has_bias, gradient)

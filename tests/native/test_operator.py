@@ -31,6 +31,22 @@ for x in [*inputs, torch.randn(4, 2, 48)[:, 1]]:
         expected = torch.nn.functional.linear(x.double(), made.weight.double(), None if b is None else b.double())
         assert y.shape == expected.shape and y.dtype == x.dtype
         assert y.numel() == 0 or ((y.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-5).all()
+others = [case(rows, 48, 0.5, torch.bfloat16) for rows in (9, 130)]
+members = [packed, bias, 64]
+for other, layout in zip(others, (MemoryLayout.BITMAP, MemoryLayout.SPLIT)):
+    members += [other.pack(layout), None, other.shape[0]]
+    for x in inputs:
+        for each, y in enumerate(ops.linear_group(x.bfloat16(), *members)):
+            assert torch.equal(y, ops.linear(x.bfloat16(), *members[3 * each : 3 * each + 3])) and y.is_contiguous()
+narrow = case(5, 44, 0.5, torch.bfloat16)
+for bad in (lambda: ops.linear_group(x, *members[:3], packed, None, 63),
+            lambda: ops.linear_group(x, *members[:3], narrow.pack(MemoryLayout.SPLIT), None, 5)):
+    try:
+        bad()
+    except Exception as error:
+        assert type(error).__name__ in ("RuntimeError", "KernelError"), error
+    else:
+        raise SystemExit("not refused")
 weight = made.weight
 for x in [x.bfloat16() for x in inputs]:
     for b in (None, bias):
@@ -85,6 +101,18 @@ def test_operator_passes_torch_opcheck() -> None:
     )
 
 
+def test_group_operators_pass_torch_opcheck() -> None:
+    ops.register()
+    layouts = (MemoryLayout.SPLIT, MemoryLayout.BITMAP, MemoryLayout.SPLIT)
+    packed = [
+        case(rows, 48, 0.5, torch.bfloat16).pack(layout) for rows, layout in zip((64, 70, 5), layouts, strict=True)
+    ]
+    x, bias = torch.randn(2, 2, 48), torch.randn(64)
+    members = [packed[0], bias, 64, packed[1], None, 70, packed[2], None, 5]
+    torch.library.opcheck(torch.ops.sparsekit.linear_packed_2.default, (x, *members[:6]))
+    torch.library.opcheck(torch.ops.sparsekit.linear_packed_3.default, (x, *members))
+
+
 def test_dense_operator_passes_torch_opcheck() -> None:
     ops.register()
     weight, bias = torch.randn(64, 48, requires_grad=True), torch.randn(64, requires_grad=True)
@@ -103,6 +131,17 @@ def test_gradient_of_the_input() -> None:
     x.grad = bias.grad = None
     F.linear(x, made.weight.float(), bias).square().sum().backward()
     torch.testing.assert_close(got, (x.grad, bias.grad), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_a_group() -> None:
+    made = [case(rows, 48, 0.5, torch.bfloat16) for rows in (64, 9)]
+    bias, x = torch.randn(64, requires_grad=True), torch.randn(2, 3, 48, requires_grad=True)
+    packed = [each.pack(MemoryLayout.SPLIT) for each in made]
+    first, second = ops.linear_group(x, packed[0], bias, 64, packed[1], None, 9)
+    got = torch.autograd.grad(first.square().sum() + second.square().sum(), (x, bias))
+    first, second = F.linear(x, made[0].weight.float(), bias), F.linear(x, made[1].weight.float())
+    expected = torch.autograd.grad(first.square().sum() + second.square().sum(), (x, bias))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_forced_instruction_set_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:

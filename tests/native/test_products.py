@@ -115,6 +115,30 @@ def test_infinities_and_nan_reach_the_output_as_in_dense(isa: str) -> None:
                 assert torch.equal(y.isnan(), dense.isnan()), (layout, special, tokens)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_groups_are_the_products_one_by_one(isa: str, threads: int) -> None:
+    split, bitmap = MemoryLayout.SPLIT, MemoryLayout.BITMAP
+    kinds = [(83, torch.bfloat16, split), (0, torch.bfloat16, split), (200, torch.bfloat16, bitmap)]
+    kinds += [(7, torch.float16, bitmap)]
+    packed = [case(rows, 150, 0.5, dtype, wild=0.01).pack(layout) for rows, dtype, layout in kinds]
+    for members in ((0, 2), (2, 0, 1), (0, 3), (0, 0, 0), (2,)):
+        for tokens in (0, 1, 5, 6, 16, 40):
+            x = torch.randn(tokens, 150).bfloat16()
+            ys = [torch.full((tokens, kinds[i][0]), float("nan")) for i in members]
+            calls = (native.Call * len(members))()
+            for call, i, y in zip(calls, members, ys, strict=True):
+                call.packed, call.packed_bytes, call.x, call.y = (
+                    packed[i].data_ptr(), packed[i].numel(), x.data_ptr(), y.data_ptr(),
+                )  # fmt: skip
+                call.tokens, call.x_stride, call.y_stride, call.y_dtype, call.threads = (
+                    tokens, 150, y.shape[1], native.DType.F32, threads,
+                )  # fmt: skip
+            native.check(native.library().sk_linear_group(calls, len(members)), "test")
+            for i, y in zip(members, ys, strict=True):
+                assert torch.equal(y, multiply(packed[i], x, y.shape[1], dtype=torch.float32)), (members, tokens)
+    assert native.library().sk_linear_group(calls, 0) == native.library().sk_linear_group(calls, 4) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dense_kernel(isa: str, dtype: torch.dtype) -> None:
     for number, (rows, cols) in enumerate(SHAPES):

@@ -103,6 +103,35 @@ Input part(const Prepared& x, int64_t first, int64_t count) {
   return {x.pairs ? x.input.pairs + at : nullptr, x.pairs ? nullptr : x.input.floats + at, count};
 }
 
+int64_t block_height(const View& w) { return w.layout == SK_BITMAP ? kBlockRows : kPanelRows; }
+
+// Products of the same few tokens with several weights: x is prepared once and the rows of all are shared out at once.
+int fused_group(const Kernels& k, const sk_call* calls, const View* weights, int count, bool pairs) {
+  const int64_t tokens = calls[0].tokens;
+  Prepared x;
+  if (!prepare(calls[0], weights[0].cols, 0, tokens, tokens, pairs, x)) return SK_NO_MEMORY;
+  int64_t blocks = 0;
+  for (int i = 0; i < count; ++i) blocks += ceil_div(weights[i].rows, block_height(weights[i]));
+  auto work = [&](int64_t begin, int64_t end, int) {
+    alignas(64) float sums[kMaxFused * kBlockRows];
+    for (int i = 0; i < count; ++i) {  // begin and end count from the first block of weight i
+      const View& w = weights[i];
+      const int64_t height = block_height(w), here = ceil_div(w.rows, height);
+      for (int64_t b = begin < 0 ? 0 : begin; b < end && b < here; ++b) {
+        k.fused(w, x.input, b, pairs, sums, height);
+        if (w.layout == SK_SPLIT) add_patches(w, x.input, b, sums, height);
+        const int64_t row = b * height, rows = w.rows - row < height ? w.rows - row : height;
+        for (int64_t t = 0; t < tokens; ++t) store(k, calls[i], t, row, rows, sums + t * height);
+      }
+      begin -= here;
+      end -= here;
+    }
+  };
+  const int64_t grain = blocks / (int64_t(calls[0].threads) * 8);
+  for_each(calls[0].threads, blocks, grain > 4 ? 4 : grain, work);
+  return SK_OK;
+}
+
 int fused(const Kernels& k, const sk_call& call, const View& w, bool pairs) {
   const bool bitmap = w.layout == SK_BITMAP;
   const int64_t height = bitmap ? kBlockRows : kPanelRows, blocks = ceil_div(w.rows, height);
@@ -217,6 +246,33 @@ int sk_linear(const sk_call* call) {
   }
   if (call->tokens <= k.fusable(w, pairs)) return sk::fused(k, *call, w, pairs);
   return sk::blocked(k, *call, w, pairs);
+}
+
+int sk_linear_group(const sk_call* calls, int count) {
+  if (!calls || count < 1 || count > SK_GROUP) return SK_BAD_ARGUMENT;
+  const sk::Kernels& k = sk::kernels();
+  sk::View weights[SK_GROUP];
+  bool together = count > 1, pairs = false;
+  for (int i = 0; i < count; ++i) {
+    const sk_call& call = calls[i];
+    const int status = sk::parse(call.packed, call.packed_bytes, &weights[i]);
+    if (status != SK_OK) return status;
+    const sk::View& w = weights[i];
+    if (!sk::sound(call, w.rows, w.cols)) return SK_BAD_ARGUMENT;
+    if (call.x != calls[0].x || call.tokens != calls[0].tokens || call.x_stride != calls[0].x_stride ||
+        call.x_dtype != calls[0].x_dtype || call.threads != calls[0].threads || w.cols != weights[0].cols)
+      return SK_BAD_ARGUMENT;
+    const bool own = k.pairs && w.dtype == SK_BF16 && call.x_dtype == SK_BF16;
+    if (i == 0) pairs = own;
+    const bool streams = w.layout == SK_SPLIT || w.layout == SK_BITMAP;
+    together = together && streams && own == pairs && call.tokens <= sk::kMaxFused && call.tokens <= k.fusable(w, own);
+  }
+  if (together && calls[0].tokens > 0) return sk::fused_group(k, calls, weights, count, pairs);
+  for (int i = 0; i < count; ++i) {
+    const int status = sk_linear(&calls[i]);
+    if (status != SK_OK) return status;
+  }
+  return SK_OK;
 }
 
 int sk_dense(const sk_call* call, const void* weight, int64_t rows, int64_t cols, int32_t w_dtype) {

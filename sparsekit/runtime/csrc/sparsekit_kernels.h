@@ -126,6 +126,10 @@ SK_API int64_t sk_dense_mask(const void* dense, int64_t rows, int64_t cols, int6
 SK_API int sk_compact(const void* dense, const sk_bitmask* shape, void* values, int threads);
 
 SK_API int sk_linear(const sk_call* call);
+/* Up to SK_GROUP products of one x (pointer, tokens, stride, dtype and threads are the same in all calls): for few
+   tokens x is prepared once, and the threads share the rows of all weights in one go. */
+#define SK_GROUP 3
+SK_API int sk_linear_group(const sk_call* calls, int count);
 /* The same with a plain row-major weight [rows, cols] of `w_dtype`: the streaming dense kernel. */
 SK_API int sk_dense(const sk_call* call, const void* weight, int64_t rows, int64_t cols, int32_t w_dtype);
 /* Reads `bytes` bytes and returns a checksum: the memory bandwidth a kernel can hope for. */

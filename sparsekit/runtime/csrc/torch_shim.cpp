@@ -2,6 +2,7 @@
 //
 // No torch header is needed: the functions below are C functions that libtorch promises to keep, and Python passes
 // their addresses. So one library serves every torch that has them; for an older one Python registers the operator.
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -162,28 +163,44 @@ void done(int status) {
   if (status != SK_OK) fail("the kernels refused the call with status " + std::to_string(status));
 }
 
-// linear_packed(Tensor x, Tensor packed, Tensor? bias, int rows) -> Tensor
-void linear_packed(uint64_t* stack, uint64_t inputs, uint64_t outputs) {
-  if (inputs != 4 || outputs != 1) fail("linear_packed registered with another schema");
-  const Argument x(reinterpret_cast<Handle>(stack[0])), packed(reinterpret_cast<Handle>(stack[1]));
-  const Argument bias(optional_tensor(stack[2]));
-  const int64_t rows = int64_t(stack[3]);
+// The weight of one product of linear_packed*: packed, bias, rows.
+struct Member {
+  const Argument packed, bias;
+  int64_t rows;
   View w;
-  if (!packed.contiguous() || parse(packed.data, packed.count(), &w) != SK_OK) fail("not a packed weight");
-  if (w.rows != rows) fail("the packed weight has " + std::to_string(w.rows) + " rows, not " + std::to_string(rows));
-  const Activations input(x, w.cols);
-  check_bias(bias, x, rows);
-  Output y(x, rows);
-  sk_call call = product(input, bias, y, rows, w.cols);
-  call.packed = packed.data;
-  call.packed_bytes = packed.count();
-  done(sk_linear(&call));
-  stack[0] = y.take();
+
+  explicit Member(const uint64_t* stack)
+      : packed(reinterpret_cast<Handle>(stack[0])), bias(optional_tensor(stack[1])), rows(int64_t(stack[2])) {
+    if (!packed.contiguous() || parse(packed.data, packed.count(), &w) != SK_OK) fail("not a packed weight");
+    if (w.rows != rows) fail("the packed weight has " + std::to_string(w.rows) + " rows, not " + std::to_string(rows));
+  }
+};
+
+// linear_packed(Tensor x, Tensor packed, Tensor? bias, int rows) -> Tensor, and with up to SK_GROUP weights
+void linear_packed(uint64_t* stack, uint64_t inputs, uint64_t outputs) {
+  if (outputs < 1 || outputs > SK_GROUP || inputs != 1 + 3 * outputs) fail("linear_packed has another schema");
+  const Argument x(reinterpret_cast<Handle>(stack[0]));
+  std::optional<Member> members[SK_GROUP];
+  for (uint64_t i = 0; i < outputs; ++i) members[i].emplace(stack + 1 + 3 * i);
+  const Activations input(x, members[0]->w.cols);
+  std::optional<Output> results[SK_GROUP];
+  sk_call calls[SK_GROUP];
+  for (uint64_t i = 0; i < outputs; ++i) {
+    const Member& m = *members[i];
+    if (m.w.cols != members[0]->w.cols) fail("the packed weights differ in columns");
+    check_bias(m.bias, x, m.rows);
+    results[i].emplace(x, m.rows);
+    calls[i] = product(input, m.bias, *results[i], m.rows, m.w.cols);
+    calls[i].packed = m.packed.data;
+    calls[i].packed_bytes = m.packed.count();
+  }
+  done(outputs == 1 ? sk_linear(calls) : sk_linear_group(calls, int(outputs)));
+  for (uint64_t i = 0; i < outputs; ++i) stack[i] = results[i]->take();
 }
 
 // linear_dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor
 void linear_dense(uint64_t* stack, uint64_t inputs, uint64_t outputs) {
-  if (inputs != 3 || outputs != 1) fail("linear_dense registered with another schema");
+  if (inputs != 3 || outputs != 1) fail("linear_dense has another schema");
   const Argument x(reinterpret_cast<Handle>(stack[0])), weight(reinterpret_cast<Handle>(stack[1]));
   const Argument bias(optional_tensor(stack[2]));
   if (weight.dim != 2 || weight.dtype < 0 || weight.dtype != x.dtype || !weight.contiguous())
@@ -213,7 +230,8 @@ int sk_torch_register(void* const* addresses, int count, const int32_t* dtypes, 
   memcpy(sk::dtypes, dtypes, sizeof sk::dtypes);
   void* library = nullptr;  // lives as long as the process, as the registration does
   if (sk::torch.init_impl("sparsekit", "CPU", __FILE__, __LINE__, &library)) return SK_UNSUPPORTED;
-  if (sk::torch.implement(library, "linear_packed", sk::linear_packed, torch_version)) return SK_UNSUPPORTED;
+  for (const char* name : {"linear_packed", "linear_packed_2", "linear_packed_3"})
+    if (sk::torch.implement(library, name, sk::linear_packed, torch_version)) return SK_UNSUPPORTED;
   if (sk::torch.implement(library, "linear_dense", sk::linear_dense, torch_version)) return SK_UNSUPPORTED;
   return SK_OK;
 }
