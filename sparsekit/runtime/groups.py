@@ -71,12 +71,19 @@ class _Calls(threading.local):
 _calls = _Calls()
 
 
-def groupable(x: Tensor, cols: int) -> bool:
-    """Return whether a product of `x: [..., cols]` may be part of a group.
+def groupable(layer: Layer, x: Tensor) -> bool:
+    """Return whether a layer's product with `x: [..., in]` may be part of a group.
 
-    Only where nothing looks on: no gradient, no subclass of Tensor; and only where writes to x are counted.
+    Only if it has a weight and where nothing looks on: no gradient, no subclass of Tensor; and only where writes to x
+    are counted.
     """
-    return not torch.is_grad_enabled() and type(x) is Tensor and x.numel() <= FEW_TOKENS * cols and not x.is_inference()
+    return (
+        not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.numel() <= FEW_TOKENS * layer.in_features
+        and not x.is_inference()
+        and layer._buffers["packed"] is not None
+    )
 
 
 def product(layer: Layer, x: Tensor) -> Tensor:
