@@ -116,6 +116,9 @@ class MaskRefiner(ABC, Generic[Options]):
         self.options = options
         self.seed = seed
 
+    def check(self, pattern: Pattern) -> None:
+        """Raise PlanError for a pattern that this method cannot refine; asked before anything is read."""
+
     @abstractmethod
     def refine(self, linear: LinearInfo, weight: Tensor, start: Pruned, pattern: Pattern, stats: Stats) -> Pruned:
         """Return as many kept weights as `start` in the same pattern, each with its value in `weight: [out, in]`.

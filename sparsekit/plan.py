@@ -87,6 +87,13 @@ def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) ->
     targets = tuple(linear for linear in linears if linear.name in chosen - ignored)
     if not targets:
         raise PlanError("no linear is left to prune", where=where, hint="Check targets and ignore.")
+    refiner: MaskRefiner[Any] | None = _part(stage, "refine", seed)
+    if refiner is not None:
+        try:
+            refiner.check(pattern)
+        except PlanError as error:
+            error.where = f"{where}.refine"
+            raise
     for linear in targets:
         pattern.check(linear.out_features, linear.in_features, where=linear.name)
     total = model.stack.matrix_weights()
@@ -107,7 +114,7 @@ def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) ->
         budget=budgets.total(targets, pattern, stage.sparsity),
         pruner=registry.load("pruners", stage.method)(stage.method_options(), seed),
         allocator=_part(stage, "allocate", seed),
-        refiner=_part(stage, "refine", seed),
+        refiner=refiner,
         update=_part(stage, "update", seed),
     )
 

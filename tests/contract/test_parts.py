@@ -7,6 +7,7 @@ import torch
 
 from sparsekit import masks, registry
 from sparsekit.contracts import LinearInfo, Pruned
+from sparsekit.errors import PlanError
 from sparsekit.masks import select, zeroed
 from sparsekit.pattern import NM, Block, Unstructured
 from sparsekit.recipe.load import recipe_from
@@ -42,10 +43,28 @@ def applied(room, name, weight, x, start, pattern):
     return method.update(linear, weight, start, stats)
 
 
+def refused(room, name, pattern):
+    """Whether a refiner says before it begins that it cannot do the pattern; then it says so for good, in one line."""
+    cls = registry.load(room, name)
+    if room != "refine":
+        return False
+    method = cls(cls.options_type(), 0)
+    try:
+        method.check(pattern)
+    except PlanError:
+        weight, x, start, _ = problem((12, 16), pattern)
+        with pytest.raises(PlanError, match=f"pattern {pattern}"):
+            applied(room, name, weight, x, start, pattern)
+        return True
+    return False
+
+
 @pytest.mark.parametrize(("room", "name"), METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_counts_pattern_and_support_stay(room, name, shape, pattern):
+    if refused(room, name, pattern):
+        return
     for sparsity in (0.0, 0.5, 0.97, 1.0):
         weight, x, start, budget = problem(shape, pattern, sparsity)
         result = applied(room, name, weight, x, start, pattern)
@@ -88,4 +107,10 @@ def test_options_are_strict_and_reach_recipes(room, name):
 
 
 def test_rooms_have_methods_to_test():
-    assert ("update", "obs") in METHODS
+    assert set(METHODS) >= {("update", "obs"), ("update", "lstsq"), ("refine", "dsnot")}
+
+
+@pytest.mark.parametrize(("room", "name"), [method for method in METHODS if method[0] == "refine"])
+def test_a_refiner_does_unstructured_and_nm(room, name):
+    for pattern in (Unstructured(), NM(2, 4), NM(16, 32)):
+        assert not refused(room, name, pattern)
