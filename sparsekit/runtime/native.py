@@ -21,11 +21,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from sparsekit.errors import BadIndex, KernelError, KernelsMissing, UnsupportedCPU
 from sparsekit.lazy import torch
+from sparsekit.pattern import NM, Block
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+    from sparsekit.pattern import Pattern
 
 LIBRARY = Path(__file__).parent / "_lib" / "libsparsekit_kernels.so"
 ABI_VERSION = 2
@@ -432,17 +435,52 @@ def _pack(source: _Bitmask, layout: MemoryLayout, where: str, threads: int | Non
     return out
 
 
-def best_layout(dtype: torch.dtype, density: float) -> MemoryLayout:
+def pack_best(
+    mask: Tensor, values: Tensor, shape: tuple[int, int], pattern: Pattern | None = None, *, where: str = "weight"
+) -> Tensor:
+    """Pack one weight in the layout that multiplies fastest; arguments as `pack`, `best_layout`.
+
+    A pattern says what pruning aimed at. Where the mask lacks its structure after all (a zero among the kept weights
+    that counts as removed), the layout is one that holds any mask.
+    """
+    density = values.numel() / max(shape[0] * shape[1], 1)
+    any_mask, layout = best_layout(values.dtype, density), best_layout(values.dtype, density, pattern)
+    if layout is not any_mask:
+        with contextlib.suppress(BadIndex):
+            return pack(mask, values, shape, layout, where=where)
+    return pack(mask, values, shape, any_mask, where=where)
+
+
+def best_layout(dtype: torch.dtype, density: float, pattern: Pattern | None = None) -> MemoryLayout:
     """Return the layout in memory that multiplies fastest here.
 
     SPLIT moves fewer bytes, BITMAP decodes faster. One core decodes SPLIT at 50 weights a nanosecond with AVX-512,
     so down to a fifth of the weights memory is the limit and bytes decide; without AVX-512 decoding is the limit at
     every density.
 
+    N:M patterns go the same way, as a mask takes no more bytes than indices do: 2:4 is 6.5 bits a weight in SPLIT, 9
+    with indices; 16:64 is 3.8 in SPLIT, 6 in CHUNK. Below that decoding limits SPLIT, and CHUNK has nothing to decode.
+    Blocks stay whole, which also spares the multiplications when there are many tokens. One core, 4096 x 4096, bf16,
+    times as fast as dense at one token, and microseconds for 16 tokens at 2048 x 2048:
+
+    | AVX-512 BF16 | SPLIT | BITMAP | CHUNK or BLOCK | 16 tokens, same order |
+    |---|---|---|---|---|
+    | 2:4 | 2.05 | 1.59 | | |
+    | 16:64 | 2.74 | 2.56 | 2.69 | 458 441 241 |
+    | 8:64 / 4:64 | 2.82 / 2.92 | 2.90 / 3.04 | 5.40 / 10.1 | 459 428 145 (8:64) |
+    | 16x4 at 50 / 80 % | 2.06 / 2.02 | 1.57 / 2.82 | 1.98 / 4.87 | 523 556 226 / 576 435 107 |
+
+    With AVX2: 8:64 BITMAP 1.18, CHUNK 1.36; 16x4 at 50 % BITMAP 1.15, BLOCK 1.74.
+
     Args:
-        dtype: Of the values; SPLIT exists for bf16 only.
+        dtype: Of the values; SPLIT and CHUNK exist for bf16 only.
         density: Share of kept weights.
+        pattern: What the mask obeys; default: nothing.
     """
+    if isinstance(pattern, Block) and pattern.rows % 16 == 0 and pattern.cols % 4 == 0:
+        return MemoryLayout.BLOCK
+    if dtype == torch.bfloat16 and isinstance(pattern, NM) and pattern.of == 64 and pattern.keep in {4, 8}:
+        return MemoryLayout.CHUNK
     split = dtype == torch.bfloat16 and density >= 0.2 and isa().startswith("avx512")
     return MemoryLayout.SPLIT if split else MemoryLayout.BITMAP
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from ctypes import c_int32, c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from sparsekit.errors import HeaderError, KernelError
@@ -17,7 +17,7 @@ from sparsekit.lazy import torch
 from sparsekit.pack.bits import pack_mask
 from sparsekit.pack.tensor import SHAPE, from_entry, require_parts, unpack, validate
 from sparsekit.pack.types import ENTRIES, GROUP, SPLIT_ROWS, Encoding, Layout, PackedTensor, torch_dtype
-from sparsekit.pattern import NM, Block
+from sparsekit.pattern import NM, Block, Pattern
 from sparsekit.runtime import native
 from sparsekit.runtime.native import MemoryLayout
 
@@ -71,6 +71,7 @@ class Source:
         scales: f16 [rows, ceil(cols / 64)] or None.
         transposed: The dense weight is [inputs, outputs].
         coded: The layout in memory that holds codes as they are.
+        pattern: What the mask obeys, as the file says; None: nothing.
     """
 
     shape: tuple[int, int]
@@ -80,6 +81,7 @@ class Source:
     scales: Tensor | None
     transposed: bool
     coded: MemoryLayout = MemoryLayout.INT8
+    pattern: Pattern | None = None
 
     def dequantized(self) -> Source:
         """Return the same with codes turned into weights."""
@@ -91,7 +93,7 @@ class Source:
             ctypes.byref(codes), self.scales.data_ptr(), values.data_ptr(), torch.get_num_threads()
         )
         native.check(status, "codes of a packed weight")
-        return Source(self.shape, self.mask, values, self.dtype, None, self.transposed)
+        return replace(self, values=values, scales=None)
 
     def dense(self) -> Tensor:
         """Return the dense weight, bit for bit, in the orientation of the checkpoint."""
@@ -116,11 +118,10 @@ class Source:
             return self._pack_codes(self.scales)
         found = self
         if dtype is not None and torch.promote_types(found.dtype, dtype) != dtype:
-            found = Source(self.shape, found.mask, found.values.to(dtype), dtype, None, self.transposed)
+            found = replace(self, values=found.values.to(dtype), dtype=dtype)
         if found.mask is None:
             return pack_dense(found.values.reshape(self.shape))
-        layout = native.best_layout(found.dtype, found.values.numel() / max(self.shape[0] * self.shape[1], 1))
-        return native.pack(found.mask, found.values, self.shape, layout)
+        return native.pack_best(found.mask, found.values, self.shape, self.pattern)
 
     def _pack_codes(self, scales: Tensor) -> Tensor:
         mask, codes = self.mask, self.values
@@ -171,7 +172,7 @@ def pack_dense(weight: Tensor) -> Tensor:
     values = torch.empty(kept, dtype=weight.dtype)
     source = _bitmask(shape, mask, values, weight.dtype)
     native.check(lib.sk_compact(weight.data_ptr(), ctypes.byref(source), values.data_ptr(), threads), "weight")
-    return native.pack(mask, values, shape, native.best_layout(weight.dtype, kept / max(weight.numel(), 1)))
+    return native.pack_best(mask, values, shape)
 
 
 def read_source(facts: Mapping[str, Any], parts: Mapping[str, Tensor], where: str) -> Source:
@@ -204,7 +205,7 @@ def read_source(facts: Mapping[str, Any], parts: Mapping[str, Tensor], where: st
         _refuse(packed, where)
     scales = packed.tensors.get("weight_scales")
     coded = MemoryLayout.INT4 if packed.encoding is Encoding.INT4 else MemoryLayout.INT8
-    return Source(packed.shape, mask, values.reshape(-1), dtype, scales, packed.transposed, coded)
+    return Source(packed.shape, mask, values.reshape(-1), dtype, scales, packed.transposed, coded, packed.pattern)
 
 
 def _refuse(packed: PackedTensor, where: str) -> NoReturn:

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekit.errors import BadIndex, KernelError
-from sparsekit.runtime import native
+from sparsekit.pack import Encoding, Layout, pack
+from sparsekit.pattern import parse_pattern
+from sparsekit.runtime import native, repack
 from sparsekit.runtime.native import MemoryLayout
-from tests.native.cases import ISAS, Case, largest_error, multiply, structured
+from tests.native.cases import ISAS, Case, bitmask, largest_error, multiply, structured
 
 TOLERANCE = 1e-5
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -147,3 +149,51 @@ def test_a_shape_without_the_structure_is_refused(shape: tuple[int, int]) -> Non
 def test_chunk_holds_bf16_only() -> None:
     with pytest.raises(KernelError, match="unsupported"):
         structured(16, 64, "8:64", 1, torch.float16).pack(MemoryLayout.CHUNK)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "layout"),
+    [
+        ("8:64", torch.bfloat16, MemoryLayout.CHUNK),
+        ("4:64", torch.bfloat16, MemoryLayout.CHUNK),
+        ("8:64", torch.float16, MemoryLayout.BITMAP),
+        ("2:4", torch.bfloat16, None),
+        ("16:64", torch.bfloat16, None),
+        ("16x4", torch.float32, MemoryLayout.BLOCK),
+        ("32x8", torch.bfloat16, MemoryLayout.BLOCK),
+        ("8x4", torch.float16, MemoryLayout.BITMAP),
+        ("16x2", torch.float16, MemoryLayout.BITMAP),
+    ],
+)
+def test_best_layout_follows_the_pattern(pattern: str, dtype: torch.dtype, layout: MemoryLayout | None) -> None:
+    """None: the choice is that of an unstructured mask of the same density."""
+    made = structured(64, 128, pattern, 0.4, dtype)
+    density, obeyed = float(made.keep.float().mean()), parse_pattern(pattern)
+    expected = native.best_layout(dtype, density) if layout is None else layout
+    assert native.best_layout(dtype, density, obeyed) is expected
+    packed = native.pack_best(bitmask(made.keep), made.weight[made.keep], made.shape, obeyed)
+    assert native.info(packed).layout is expected
+    assert torch.equal(native.unpack(packed), made.weight)
+
+
+@pytest.mark.parametrize("pattern", ["8:64", "16x4"])
+def test_a_mask_that_breaks_its_pattern_takes_a_layout_for_any_mask(pattern: str) -> None:
+    made = structured(64, 128, pattern, 0.4, torch.bfloat16)
+    made.keep[17, int(made.keep[17].nonzero()[0, 0])] = False
+    weight = torch.where(made.keep, made.weight, 0.0).bfloat16()
+    packed = native.pack_best(bitmask(made.keep), weight[made.keep], made.shape, parse_pattern(pattern))
+    assert native.info(packed).layout in (MemoryLayout.BITMAP, MemoryLayout.SPLIT)
+    assert torch.equal(native.unpack(packed), weight)
+
+
+@pytest.mark.parametrize(
+    ("disk", "pattern"),
+    [(Layout.BITMASK, "8:64"), (Layout.NM, "8:64"), (Layout.BITMASK, "16x4"), (Layout.BLOCK, "16x4")],
+)
+def test_packed_tensors_of_a_file_keep_their_structure(disk: Layout, pattern: str) -> None:
+    """Whatever the layout in the file, the pattern of its entry decides the layout in memory."""
+    made = structured(64, 128, pattern, 0.4, torch.bfloat16)
+    packed = pack(made.weight, made.keep, disk, Encoding.RAW, parse_pattern(pattern))
+    buffer = repack.repack(packed.facts(), packed.tensors, "w")
+    assert native.info(buffer).layout is layout_of(pattern)
+    assert torch.equal(native.unpack(buffer), made.weight)

@@ -140,7 +140,7 @@ void split(const View& w, const Input& x, int64_t p, float* out) {
 
 int64_t fusable(const View& w, bool) {
   if (w.layout == SK_BLOCK) return kAnyTokens;
-  if (w.layout == SK_CHUNK) return 4;
+  if (w.layout == SK_CHUNK) return 2;
   return w.dtype == SK_BF16 ? 1 : 0;
 }
 
