@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -147,13 +148,42 @@ class WeightUpdate(ABC, Generic[Options]):
 
 
 @dataclass(frozen=True)
+class Probes:
+    """Calibration text that an allocator measures losses of the whole model on."""
+
+    samples: int
+    sequence_length: int
+
+
+class WholeModel(ABC):
+    """All of the dense model in memory, in float32, and some calibration samples."""
+
+    @abstractmethod
+    def weight(self, linear: LinearInfo) -> Tensor:
+        """Return the weight of a linear, [out, in] float32, read only."""
+
+    @abstractmethod
+    def loss(self, linear: LinearInfo, weight: Tensor, sample: int) -> float:
+        """Return the mean loss (nats per token) of one sample while `linear` has `weight`; then its own is back.
+
+        Cheapest where the linears come in the order of the model.
+        """
+
+
+@dataclass(frozen=True)
 class AllocationContext:
-    """What an allocator may look at."""
+    """What an allocator may look at, and where it says what it saw."""
 
     linears: Sequence[LinearInfo]
     pattern: Pattern
     visit: Callable[[frozenset[str]], Iterator[tuple[LinearInfo, Tensor, Stats]]]
     """Walk the dense model once: (linear, its weight [out, in] float32, the statistics asked for)."""
+    pruner: LayerPruner[Any]
+    """The pruner whose budgets are asked for; what it `needs` may be asked for in a visit."""
+    whole: Callable[[], AbstractContextManager[WholeModel]]
+    """Load the whole model with the samples of `Allocator.probes`."""
+    facts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """For the report: quantity -> block, linear or `all` -> value, few enough to read."""
 
 
 class Allocator(ABC, Generic[Options]):
@@ -161,13 +191,17 @@ class Allocator(ABC, Generic[Options]):
 
     options_type: ClassVar[type[MethodOptions]] = MethodOptions
     looks: ClassVar[bool] = False
-    """Whether it calls `context.visit`; a dry run leaves such an allocation out."""
+    """Whether it looks at the model; a dry run leaves such an allocation out."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Names of the statistics it asks `context.visit` for."""
+    """Names of the statistics it asks `context.visit` for, beside those that the pruner needs."""
 
     def __init__(self, options: Options, seed: int) -> None:
         self.options = options
         self.seed = seed
+
+    def probes(self) -> Probes | None:
+        """Return what it needs `context.whole` for; None: the model is never in memory as a whole."""
+        return None
 
     @abstractmethod
     def allocate(self, context: AllocationContext, budget: int) -> dict[str, int]:

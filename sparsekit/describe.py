@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit import __version__
-from sparsekit.contracts import AllocationContext
+from sparsekit.allocation import allocate_unseen
 from sparsekit.data.packing import TokenBlocks
 from sparsekit.errors import CheckpointError
 from sparsekit.models.lazy_model import LazyModel
-from sparsekit.plan import StagePlan, allocate
+from sparsekit.plan import StagePlan
 from sparsekit.prepared import Prepared
 from sparsekit.prune import StageResult
 from sparsekit.recipe.schema import PARTS
@@ -38,10 +38,7 @@ def describe_plan(prepared: Prepared, out: Path) -> dict[str, Any]:
 
 
 def _describe_plan(model: LazyModel, plan: StagePlan) -> dict[str, Any]:
-    share = plan.budget / plan.numel
-    budgets = {linear.name: share * linear.numel for linear in plan.targets}
-    if not plan.allocator.looks:
-        budgets |= allocate(plan, AllocationContext(plan.targets, plan.pattern, lambda needs: iter(())))
+    budgets = allocate_unseen(plan)
     kinds: dict[tuple[str, int, int], list[float]] = {}
     for linear in plan.targets:
         kind = linear.name.removeprefix(f"{model.stack.prefix(linear.block)}.")
@@ -53,6 +50,7 @@ def _describe_plan(model: LazyModel, plan: StagePlan) -> dict[str, Any]:
         **_parts(plan),
         "pattern": str(plan.pattern),
         "sparsity": plan.stage.sparsity,
+        "overrides": plan.stage.overrides,
         "targets": len(plan.targets),
         "ignored": list(plan.ignored),
         "coverage": plan.coverage,
@@ -124,6 +122,8 @@ def describe_stage(plan: StagePlan, result: StageResult) -> dict[str, Any]:
         **_parts(plan),
         "pattern": str(plan.pattern),
         "sparsity": plan.stage.sparsity,
+        "overrides": plan.stage.overrides,
+        "allocation": result.allocation,
         "achieved_sparsity": 1 - kept / plan.numel,
         "kept": kept,
         "numel": plan.numel,

@@ -5,24 +5,23 @@ Everything that can be refused is refused here.
 
 from __future__ import annotations
 
-import fnmatch
 import math
-import re
 import resource
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparsekit import budget as budgets
 from sparsekit import registry
-from sparsekit.contracts import AllocationContext, Allocator, LayerPruner, LinearInfo, MaskRefiner, Stat, WeightUpdate
+from sparsekit.contracts import Allocator, LayerPruner, LinearInfo, MaskRefiner, Stat, WeightUpdate
 from sparsekit.errors import LowCoverage, OutOfMemory, PlanError, TooFewTokens
 from sparsekit.lazy import torch
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.pattern import NM, Pattern, parse_pattern
 from sparsekit.recipe.schema import PruneStage
+from sparsekit.selection import fixed_counts, matches
 from sparsekit.units import bytes_text
 
 BASE_MEMORY_BYTES = 700 << 20  # Python, torch and transformers themselves
@@ -41,6 +40,7 @@ class StagePlan:
         budget: Weights kept in all targets together.
         pruner, allocator: The methods, with their options.
         refiner, update: What improves the pruner's masks and then moves the kept weights; None for neither.
+        fixed: Kept weights of the targets whose sparsity the recipe overrides.
     """
 
     stage: PruneStage
@@ -53,6 +53,12 @@ class StagePlan:
     allocator: Allocator[Any]
     refiner: MaskRefiner[Any] | None = None
     update: WeightUpdate[Any] | None = None
+    fixed: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def free(self) -> tuple[LinearInfo, ...]:
+        """Targets among which the allocator distributes what `fixed` leaves of the budget."""
+        return tuple(linear for linear in self.targets if linear.name not in self.fixed)
 
     @property
     def numel(self) -> int:
@@ -68,22 +74,23 @@ class StagePlan:
     @property
     def needs_data(self) -> bool:
         """Whether calibration text is read at all."""
-        return bool(self.needs or self.allocator.needs)
+        return bool(self.needs or self.allocator.needs or self.allocator.probes())
 
 
 def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) -> StagePlan:
     """Resolve a stage against a model; `where` names the stage in errors, such as `stages.0`.
 
     Raises:
-        PlanError: A target or ignore entry matches nothing, or the pattern does not fit a width.
+        PlanError: A target, ignore or overrides entry matches nothing, the pattern does not fit a width, or the
+            overrides and the allocator cannot make up the budget.
         LowCoverage: The targets cover less than the stage's min_coverage.
     """
     linears = [linear.info for index in range(model.blocks) for linear in model.stack.linears(index)]
     pattern = parse_pattern(stage.pattern)
     names = [linear.name for linear in linears]
-    chosen = set(names) if not stage.targets else _matches(stage.targets, names, names, f"{where}.targets")
+    chosen = set(names) if not stage.targets else matches(stage.targets, names, names, f"{where}.targets")
     modules = [name for name, _ in model.module.named_modules()]
-    ignored = _matches(stage.ignore, names, modules, f"{where}.ignore")
+    ignored = matches(stage.ignore, names, modules, f"{where}.ignore")
     targets = tuple(linear for linear in linears if linear.name in chosen - ignored)
     if not targets:
         raise PlanError("no linear is left to prune", where=where, hint="Check targets and ignore.")
@@ -105,17 +112,25 @@ def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) ->
             where=where,
             hint="Widen targets, or set min_coverage in the stage to accept this.",
         )
+    if isinstance(pattern, NM) and stage.allocate.method != "uniform":
+        raise PlanError(
+            f"pattern {pattern} fixes what every linear keeps, {stage.allocate.method} has nothing to distribute",
+            where=f"{where}.allocate",
+            hint="Leave allocate out, or use pattern: unstructured.",
+        )
+    budget = budgets.total(targets, pattern, stage.sparsity)
     return StagePlan(
         stage=stage,
         pattern=pattern,
         targets=targets,
         ignored=tuple(name for name in names if name not in {linear.name for linear in targets}),
         coverage=covered / total,
-        budget=budgets.total(targets, pattern, stage.sparsity),
+        budget=budget,
         pruner=registry.load("pruners", stage.method)(stage.method_options(), seed),
         allocator=_part(stage, "allocate", seed),
         refiner=refiner,
         update=_part(stage, "update", seed),
+        fixed=fixed_counts(stage.overrides, targets, pattern, budget, f"{where}.overrides"),
     )
 
 
@@ -154,39 +169,20 @@ def check_tokens(plan: StagePlan, tokens: int, *, where: str) -> tuple[str, ...]
     return tuple(notes)
 
 
-def allocate(plan: StagePlan, context: AllocationContext) -> dict[str, int]:
-    """Ask the allocator for kept counts and prove them: every target once, sum exact, whole units, legal N:M."""
-    if isinstance(plan.pattern, NM):
-        return {linear.name: linear.numel // plan.pattern.of * plan.pattern.keep for linear in plan.targets}
-    counts = plan.allocator.allocate(context, plan.budget)
-    name = type(plan.allocator).__name__
-    if sorted(counts) != sorted(linear.name for linear in plan.targets):
-        raise PlanError(f"allocator {name} returned counts for other linears than the targets")
-    if sum(counts.values()) != plan.budget:
-        raise PlanError(f"allocator {name} returned {sum(counts.values())} kept weights, the budget is {plan.budget}")
-    for linear in plan.targets:
-        count = counts[linear.name]
-        if not 0 <= count <= linear.numel or count % plan.pattern.unit:
-            raise PlanError(f"allocator {name} keeps {count} of {linear.numel} weights", where=linear.name)
-    return counts
+def check_probes(plan: StagePlan, samples: int, sequence_length: int, *, where: str) -> None:
+    """Refuse calibration text that is less than the allocator measures losses on.
 
-
-def _matches(entries: Sequence[str], names: Sequence[str], known: Sequence[str], where: str) -> set[str]:
-    """Return the linears that globs and `re:` entries match; an entry that matches nothing known is an error."""
-    found: set[str] = set()
-    for position, entry in enumerate(entries):
-        try:
-            expression = re.compile(entry[3:] if entry.startswith("re:") else fnmatch.translate(entry))
-        except re.error as error:
-            raise PlanError(f"{entry!r} is not a regular expression: {error}", where=f"{where}.{position}") from error
-        if not any(expression.fullmatch(name) for name in (*names, *known)):
-            raise PlanError(
-                f"{entry!r} matches no linear of this model",
-                where=f"{where}.{position}",
-                hint=f"Names look like {names[0]!r}; globs such as '*.q_proj' and 're:...' are allowed.",
-            )
-        found |= {name for name in names if expression.fullmatch(name)}
-    return found
+    Raises:
+        TooFewTokens: with both amounts.
+    """
+    probes = plan.allocator.probes()
+    if probes is not None and (samples < probes.samples or sequence_length < probes.sequence_length):
+        raise TooFewTokens(
+            f"{plan.stage.allocate.method} measures losses on {probes.samples} samples of {probes.sequence_length} "
+            f"tokens, the calibration has {samples} of {sequence_length}",
+            where=f"{where}.allocate",
+            hint="Lower the allocator's samples or sequence_length, or raise the calibration's.",
+        )
 
 
 def _left_out(model: LazyModel, targets: Sequence[LinearInfo]) -> str:
@@ -209,6 +205,7 @@ class Cost:
 
     Attributes:
         memory_bytes: Expected peak of resident memory.
+        whole_bytes: Part of it for the whole model in float32, which an allocator measures losses of; 0 without one.
         disk_bytes: Size of the output, all in one staged folder before it is moved into place.
         seconds: Expected time of the block forwards, from a short measurement on this machine; None without data.
         tokens: Calibration tokens.
@@ -218,6 +215,7 @@ class Cost:
     disk_bytes: int
     seconds: float | None
     tokens: int
+    whole_bytes: int = 0
 
 
 def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequence_length: int) -> Cost:
@@ -234,20 +232,37 @@ def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequenc
     memory += max(_statistics_bytes(plan) for plan in plans)
     if tokens:
         memory += max(tokens * hidden * item + largest_block * item, outer)
+    whole = max(_whole_bytes(model, plan) for plan in plans)
     return Cost(
-        memory_bytes=memory,
+        memory_bytes=max(memory, BASE_MEMORY_BYTES + whole),
         disk_bytes=model.weights.total_bytes + (16 << 20),
         seconds=_forward_seconds(model, plans, tokens, sequence_length) if tokens else None,
         tokens=tokens,
+        whole_bytes=whole,
     )
 
 
+def _whole_bytes(model: LazyModel, plan: StagePlan) -> int:
+    """Return the memory of the model in float32, with the logits and hidden states of the allocator's probes."""
+    probes = plan.allocator.probes()
+    if probes is None:
+        return 0
+    parameters: int = sum(parameter.numel() for parameter in model.module.parameters())
+    hidden = int(getattr(model.module.config, "hidden_size", 0) or 0)
+    largest_linear = max(linear.numel for linear in plan.targets)
+    logits = 3 * probes.sequence_length * model.vocabulary  # and their softmax and its logarithm
+    return 4 * (parameters + logits + 2 * probes.samples * probes.sequence_length * hidden + 3 * largest_linear)
+
+
 def _statistics_bytes(plan: StagePlan) -> int:
-    """Return the memory of the largest block's statistics.
+    """Return the memory of the largest block's statistics, of the allocator's walk or of the pruning one.
 
     Linears that share an input share them; linears of one module and one width are taken to share, all but the last.
     """
-    kinds: list[type[Stat]] = [registry.load("stats", name) for name in plan.needs]
+    kinds_of: list[list[type[Stat]]] = [
+        [registry.load("stats", name) for name in needs]
+        for needs in (plan.needs, plan.allocator.needs and plan.allocator.needs | plan.pruner.needs)
+    ]
     blocks: dict[int, dict[tuple[str, int], int]] = {}
     for linear in plan.targets:
         inputs = blocks.setdefault(linear.block, {})
@@ -256,6 +271,7 @@ def _statistics_bytes(plan: StagePlan) -> int:
     return max(
         sum(count * kind.nbytes(width) for (_, width), count in inputs.items() for kind in kinds)
         for inputs in blocks.values()
+        for kinds in kinds_of
     )
 
 
@@ -328,6 +344,9 @@ def _forward_seconds(model: LazyModel, plans: Sequence[StagePlan], tokens: int, 
         torch.nn.functional.linear(x, weight)
         rounds += 1
     per_multiply = (time.perf_counter() - start) / rounds / (linear.numel * sequence_length)
-    forwards = sum(2 if plan.needs_data else 0 for plan in plans)
+    forwards: float = sum((2 if plan.needs else 0) + (1 if plan.allocator.needs else 0) for plan in plans) * tokens
+    for plan in plans:
+        if probes := plan.allocator.probes():  # two losses per linear and sample, each on average half of the blocks
+            forwards += len(plan.free) * probes.samples * probes.sequence_length
     # Attention, norms and selection cost about as much again as half the linears.
-    return 1.5 * forwards * model.stack.matrix_weights() * tokens * per_multiply
+    return 1.5 * forwards * model.stack.matrix_weights() * per_multiply

@@ -8,7 +8,7 @@ from pathlib import Path
 from sparsekit.errors import PlanError
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.source import ModelSource
-from sparsekit.plan import Cost, StagePlan, check_tokens, estimate, plan_stage
+from sparsekit.plan import Cost, StagePlan, check_probes, check_tokens, estimate, plan_stage
 from sparsekit.recipe.schema import Recipe
 
 
@@ -45,6 +45,8 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
             hint=f"Set it to {source.max_length} or less.",
         )
     samples = spec.samples if any(plan.needs_data for plan in plans) else 0
+    for position, plan in enumerate(plans):
+        check_probes(plan, samples, length, where=f"stages.{position}")
     notes = tuple(
         note
         for position, plan in enumerate(plans)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekit import masks
+from sparsekit.allocation import allocate, densities
 from sparsekit.checkpoint.safetensors_file import RawTensor, read_header
 from sparsekit.checkpoint.staging import StagedCheckpoint
-from sparsekit.contracts import AllocationContext, LinearInfo, Stat, Stats
+from sparsekit.contracts import Stat
 from sparsekit.errors import IndexMismatch, NonFinite, SparsekitError
 from sparsekit.layer_errors import layer_errors
 from sparsekit.lazy import torch
@@ -26,7 +27,7 @@ from sparsekit.models.linears import Linear
 from sparsekit.models.raw import read_raw, to_raw, torch_dtype
 from sparsekit.pack import Encoding, Layout, choose, files
 from sparsekit.pattern import parse_pattern
-from sparsekit.plan import StagePlan, allocate
+from sparsekit.plan import StagePlan
 from sparsekit.progress import Reporter
 from sparsekit.walk import Visit, walk
 
@@ -47,13 +48,17 @@ class Form:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage did: facts per linear and per stored tensor, from the journal (so also for resumed blocks)."""
+    """What a stage did: facts per linear and per stored tensor, from the journal (so also for resumed blocks).
+
+    `allocation` holds the density of each block and what the allocator saw.
+    """
 
     linears: dict[str, dict[str, Any]]
     tensors: dict[str, dict[str, Any]]
     packed: dict[str, dict[str, Any]]
     notes: list[str]
     resumed: int
+    allocation: dict[str, dict[str, float]]
 
 
 def prune_stage(
@@ -76,8 +81,8 @@ def prune_stage(
         reporter: Told about every block.
         form: How pruned tensors are packed; None leaves them dense.
     """
-    context = AllocationContext(plan.targets, plan.pattern, _visitor(model, plan, samples, reporter))
-    budgets = allocate(plan, context)
+    allocation = allocate(plan, model, samples, reporter)
+    budgets = allocation.counts
     linears: dict[str, dict[str, Any]] = {}
     tensors: dict[str, dict[str, Any]] = {}
     packed_tensors: dict[str, dict[str, Any]] = {}
@@ -102,7 +107,8 @@ def prune_stage(
         packed_tensors.update(found["packed"])
         notes.extend(found["notes"])
         model.redirect(visit.index, shard)
-    return StageResult(linears, tensors, packed_tensors, notes, resumed)
+    told = {"density": densities(plan.targets, budgets), **allocation.facts}
+    return StageResult(linears, tensors, packed_tensors, notes, resumed, told)
 
 
 def _prune_block(
@@ -279,17 +285,3 @@ def _load(path: Path, key: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(key)
     return tensor
-
-
-def _visitor(model: LazyModel, plan: StagePlan, samples: Tensor | None, reporter: Reporter) -> Any:
-    """Return the dense walk an allocator may ask for."""
-    targets = {linear.name for linear in plan.targets}
-
-    def visit(needs: frozenset[str]) -> Iterator[tuple[LinearInfo, Tensor, Stats]]:
-        for block in walk(model, samples if needs else None, reporter, propagate="none", task="allocate"):
-            linears = [linear for linear in block.linears if linear.name in targets]
-            stats = block.collect(linears, needs)
-            for linear in linears:
-                yield linear.info, linear.weight().to(torch.float32), stats[linear.name]
-
-    return visit

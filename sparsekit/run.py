@@ -182,6 +182,11 @@ def _refuse_unchecked_gates(recipe: Recipe) -> None:
 def _require_memory(prepared: Prepared, *, evaluation: bool) -> None:
     """Refuse before the work what would be killed in the middle of it, or at its end."""
     require_memory(
+        BASE_MEMORY_BYTES + prepared.cost.whole_bytes,
+        "the whole model in float32, which an allocator measures losses of,",
+        "Choose an allocator that reads one block at a time, such as owl, or use a machine with more memory.",
+    )
+    require_memory(
         prepared.cost.memory_bytes,
         "the run",
         "Lower calibration.samples or calibration.sequence_length, or use a machine with more memory.",

@@ -55,7 +55,7 @@ def capture(model: LazyModel, samples: Tensor, advance: Callable[[], None]) -> t
     hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in model.stack.blocks]
     pool = _Pool()
-    template = _return_template(model, samples[:1, :8])
+    template = return_template(model, samples[:1, :8])
 
     def stand_in(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -96,8 +96,8 @@ def _with_forwards(
             block.__dict__.pop("forward", None)
 
 
-def _return_template(model: LazyModel, ids: Tensor) -> Callable[[Tensor], Any]:
-    """Run block 0 for real on a few tokens to learn whether blocks return a tensor or a tuple."""
+def return_template(model: LazyModel, ids: Tensor) -> Callable[[Tensor], Any]:
+    """Run block 0 for real on a few tokens; return what makes hidden states into what a block returns."""
     seen: list[Any] = []
 
     def make(index: int) -> Callable[..., Any]:

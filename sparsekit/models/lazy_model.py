@@ -8,6 +8,7 @@ checkpoint conversion, called with one block's tensors at a time, so that rename
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,6 +53,8 @@ class LazyModel:
         self.weights = weights
         self.dtype = dtype
         self._cast = cast
+        self._config = config
+        self._trust_remote_code = trust_remote_code
         with init_empty_weights(include_buffers=False):
             self.module: Any = AutoModelForCausalLM.from_config(
                 config,
@@ -113,6 +116,13 @@ class LazyModel:
         """Forget one block's tensors; the mapping of its file is closed with them."""
         for module in self.stack.blocks[index].modules():
             _to_meta(module)
+
+    def in_dtype(self, dtype: torch.dtype) -> LazyModel:
+        """Return another lazy model of the same tensors, redirected blocks too, that loads them as `dtype`."""
+        config = copy.deepcopy(self._config)
+        other = LazyModel(self.weights, config, dtype, trust_remote_code=self._trust_remote_code)
+        other._shards = dict(self._shards)
+        return other
 
     def redirect(self, index: int, shard: Path) -> None:
         """Read block `index` from `shard` (same tensor names) from now on."""

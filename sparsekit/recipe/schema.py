@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cache
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -34,6 +34,7 @@ from sparsekit.errors import PluginBroken, RecipeSchemaError, UnknownName
 from sparsekit.pattern import NM, parse_pattern
 
 _ROUNDED = 1e-3
+Selectors = TypeVar("Selectors", tuple[str, ...], dict[str, float])
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
@@ -110,6 +111,9 @@ class PruneStage(Section):
         default=(), description="globs or re:... over dotted linear names; empty: every linear in the blocks"
     )
     ignore: tuple[str, ...] = Field(default=(), description="globs or re:... over dotted linear names to leave dense")
+    overrides: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default={}, description="sparsity per glob or re:... of target names; the other targets make up the total"
+    )
     propagate: Literal["block", "none"] = Field(
         default="block", description="block: later blocks see pruned activations; none: dense activations"
     )
@@ -140,9 +144,9 @@ class PruneStage(Section):
         except RecipeSchemaError as error:
             raise ValueError(str(error)) from error
 
-    @field_validator("targets", "ignore")
+    @field_validator("targets", "ignore", "overrides")
     @classmethod
-    def _selectors(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+    def _selectors(cls, entries: Selectors) -> Selectors:
         for entry in entries:
             _check_selector(entry)
         return entries
