@@ -47,4 +47,4 @@ class Depth(Allocator[DepthOptions]):
         points = self.options.densities
         before = min(int(depth * (len(points) - 1)), len(points) - 2)
         share = depth * (len(points) - 1) - before
-        return points[before] * (1 - share) + points[before + 1] * share
+        return points[before] + share * (points[before + 1] - points[before])

@@ -7,7 +7,7 @@ Shapes: linears -> kept counts.
 Cost: one pass over the weights; no data.
 Deviations: the published method prunes in rounds with retraining between; here the bound is used once, as a weight, so
     eta and gamma, factors common to all linears, have no effect and are left out.
-Numbers: I is 0 for a constant, 1 - 1/n for one nonzero weight, .149 for Gaussian, .214 for Laplace weights (p .5, q 1).
+Numbers: I is 0 for a constant, 1 - 1/n for one nonzero weight, .153 for Gaussian, .215 for Laplace weights (p .5, q 1).
 """
 
 from __future__ import annotations

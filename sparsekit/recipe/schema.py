@@ -305,8 +305,10 @@ def _part(room: str, value: Any) -> Any:
     noun = registry.ROOMS[room][0]
     if not isinstance(value, str | dict):
         raise PydanticCustomError("kind", f"must be the {noun}'s name, or a mapping with method and its options")
-    default = {} if base.model_fields["method"].is_required() else {"method": base.model_fields["method"].default}
-    raw = {"method": value} if isinstance(value, str) else {**default, **value}
+    raw = {"method": value} if isinstance(value, str) else value
+    method = base.model_fields["method"]
+    if not method.is_required() and not any(near(key, ["method"]) for key in raw):  # misspelt, it is not left out
+        raw = {"method": method.default, **raw}
     try:
         return _with_method(raw, base, lambda method: part_model(room, method))
     except ValidationError as error:

@@ -165,13 +165,19 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder)"""
 
 
+def _overrides(stage: Mapping[str, Any]) -> str:
+    """Return what the recipe fixes by name, as the end of a clause."""
+    fixed = [f"{code(name)} at {value:g}" for name, value in stage["overrides"].items()]
+    return f", with {', '.join(fixed)}" if fixed else ""
+
+
 def _what(report: Mapping[str, Any], summary: Summary, label: str) -> str:
     base = hub_id(report)
     name = f"[{escape(base)}](https://huggingface.co/{base})" if base else f"**{escape(label)}**"
     revision = f" (revision {code(report['model']['revision'][:12])})" if base else ""
     steps = "; then ".join(
         f"{code(stage['method'])} at sparsity {stage['sparsity']:g}, pattern {code(stage['pattern'])}, "
-        f"distributed by {code(stage['allocate'])}"
+        f"distributed by {code(stage['allocate'])}{_overrides(stage)}"
         for stage in report["stages"]
     )
     calibration = report["calibration"]

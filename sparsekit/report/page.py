@@ -144,6 +144,7 @@ def _stage(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("pattern", stage["pattern"]),
         ("allocation", stage["allocate"]),
         ("sparsity asked", f"{stage['sparsity']:g}"),
+        *[(f"sparsity of {name}", f"{value:g}") for name, value in stage["overrides"].items()],
         ("sparsity achieved", f"{stage['achieved_sparsity']:.6f}"),
         ("weights kept", f"{stage['kept']:,} of {stage['numel']:,}"),
         ("coverage of block weights", percent(stage["coverage"])),

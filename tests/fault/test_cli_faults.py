@@ -108,7 +108,7 @@ def shard(model: Path) -> Path:
         (["stages.0.ignore=['*']"], 2, ["no linear is left to prune", "Check targets and ignore."]),
         (["stages.0.targets=['re:(']"], 2, ["'re:(' is not a regular expression"]),
         (["stages.0.targets=['*.q_proj']"], 3, ["covers 13.3%", "asks for 90%", "mlp.down_proj (3)", "min_coverage"]),
-        (["stages.0.allocate=owl"], 2, ["Unknown allocator 'owl'", "uniform"]),
+        (["stages.0.allocate=owel"], 2, ["Unknown allocator 'owel'", "Did you mean 'owl'?", "uniform"]),
         (["calibration.samples=0"], 2, ["--set calibration.samples", "at least 1, got 0"]),
         (["calibration.seed=-1"], 2, ["--set calibration.seed", "at least 0, got -1"]),
         (["calibration.sequence_length=65"], 2, ["65", "model's maximum 64", "Set it to 64 or less."]),

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsekit.checkpoint.source import open_weights
-from sparsekit.contracts import AllocationContext, LinearInfo
+from sparsekit.contracts import LinearInfo
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.pattern import Unstructured
 from sparsekit.progress import Silent
@@ -17,6 +17,7 @@ from sparsekit.pruners.wanda import Wanda, WandaOptions
 from sparsekit.stats.sumsq import SumSq
 from sparsekit.walk import walk
 from tests.support import tiny
+from tests.support.allocation import allocator, context
 
 INFO = LinearInfo("l", 0, 6, 10)
 
@@ -86,8 +87,6 @@ def test_random_depends_on_seed_and_name_alone():
 @pytest.mark.parametrize("levels", [3, 100_000])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_global_magnitude_counts_are_those_of_one_sort_of_all_weights(levels, share):
-    from sparsekit.allocate.global_magnitude import GlobalMagnitude, GlobalMagnitudeOptions
-
     generator = torch.Generator().manual_seed(1)
     linears = [LinearInfo(f"l{i}", 0, 5, 7 + i) for i in range(4)]
     weights = {
@@ -96,14 +95,9 @@ def test_global_magnitude_counts_are_those_of_one_sort_of_all_weights(levels, sh
         for i, linear in enumerate(linears)
     }
 
-    def visit(needs):
-        return ((linear, weights[linear.name], {}) for linear in linears)
-
     everything = torch.cat([weights[linear.name].abs().reshape(-1) for linear in linears]).tolist()
     budget = round(share * len(everything))
-    counts = GlobalMagnitude(GlobalMagnitudeOptions(), 0).allocate(
-        AllocationContext(linears, Unstructured(), visit), budget
-    )
+    counts = allocator("global_magnitude").allocate(context(linears, weights), budget)
     kept = top(everything, budget)
     start = 0
     for linear in linears:

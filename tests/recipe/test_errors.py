@@ -132,6 +132,17 @@ STAGE_ERRORS = {
     "unterminated subpattern at position 0",
     "sparsity: 0.5, ignore: ['']": "stages.0.ignore: an entry is empty; write a glob such as *.mlp.* or re: and "
     "a regular expression",
+    "sparsity: 0.5, overrides: {'*.k_proj': 2}": "stages.0.overrides.*.k_proj: must be a number from 0 to 1, got 2",
+    "sparsity: 0.5, overrides: {'*.k_proj': dense}": "stages.0.overrides.*.k_proj: must be a number from 0 to 1, "
+    "got 'dense'",
+    "sparsity: 0.5, overrides: {'re:(': 0}": "stages.0.overrides: 're:(' is not a regular expression: missing ), "
+    "unterminated subpattern at position 0",
+    "sparsity: 0.5, overrides: {'': 0}": "stages.0.overrides: an entry is empty; write a glob such as *.mlp.* or "
+    "re: and a regular expression",
+    "sparsity: 0.5, overrides: ['*.k_proj']": "stages.0.overrides: must be a mapping of keys to values, got a list",
+    "sparsity: 0.5, allocate: {method: erk, max_density: 2}": "stages.0.allocate.max_density: must be a number from 0 "
+    "to 1, got 2",
+    "sparsity: 0.5, allocate: {method: sap, p: 2}": "stages.0.allocate: p 2 must be below q 1",
     "sparsity: 0.5, min_coverage: 2": "stages.0.min_coverage: must be a number from 0 to 1, got 2",
     "sparsity: 0.5, propagate: blok": "stages.0.propagate: must be one of block, none, got 'blok'; did you mean "
     "'block'?",

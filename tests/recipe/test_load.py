@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,8 +51,8 @@ def test_every_shipped_recipe_validates_and_is_what_its_name_says() -> None:
         assert recipe.name == path.stem
         assert len(path.read_text().splitlines()) <= 25
         assert len(recipe.description) <= 66  # one line of `sparsekit recipes`
-        if of := recipe.name.partition("of")[2]:
-            assert recipe.stages[0].pattern.endswith(f":{of}")
+        if of := re.search(r"-(\d+)of(\d+)", recipe.name):
+            assert recipe.stages[0].pattern == f"{of[1]}:{of[2]}"
         elif recipe.name != "smoke":
             assert recipe.stages[0].sparsity == int(recipe.name.rpartition("-")[2]) / 100
 

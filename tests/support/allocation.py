@@ -1,0 +1,45 @@
+"""Allocators without a model: weights, inputs and losses from plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sparsekit import registry
+from sparsekit.contracts import AllocationContext, LinearInfo, WholeModel
+from sparsekit.pattern import Pattern, Unstructured
+
+
+def context(
+    linears: Sequence[LinearInfo],
+    weights: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    pattern: Pattern | None = None,
+    pruner: str = "wanda",
+    whole: WholeModel | None = None,
+) -> AllocationContext:
+    """Return what an allocator sees of `linears` with `weights` [out, in] and `inputs` [tokens, in] per name."""
+
+    def visit(needs: frozenset[str]) -> Iterator[Any]:
+        assert weights is not None, "looked at a model that it should not need"
+        for linear in linears:
+            stats = {name: registry.load("stats", name)(linear.in_features) for name in needs}
+            for stat in stats.values():
+                stat.update(inputs[linear.name])
+            yield linear, weights[linear.name], stats
+
+    @contextmanager
+    def load() -> Iterator[WholeModel]:
+        assert whole is not None, "asked for the whole model"
+        yield whole
+
+    method = registry.load("pruners", pruner)
+    return AllocationContext(linears, pattern or Unstructured(), visit, method(method.options_type(), 0), load)
+
+
+def allocator(name: str, seed: int = 0, **options: Any) -> Any:
+    """Return an allocator with its options."""
+    method = registry.load("allocate", name)
+    return method(method.options_type(**options), seed)
