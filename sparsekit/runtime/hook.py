@@ -6,6 +6,7 @@ that holds transformers' table of quantisation methods is watched, and sparsekit
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
@@ -13,6 +14,9 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from sparsekit.runtime import versions
+
+_refused: list[str] = []
 _WATCHED = "transformers.quantizers.auto"
 
 
@@ -47,4 +51,10 @@ def install() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("sparsekit.runtime.quantizer")  # registers at its end
+    found = str(sys.modules["transformers"].__version__)
+    if versions.supported(found):
+        importlib.import_module("sparsekit.runtime.quantizer")  # registers at its end
+    elif not _refused:
+        _refused.append(found)
+        with contextlib.suppress(ImportError, AttributeError):
+            versions.refuse(found)

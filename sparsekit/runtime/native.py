@@ -436,7 +436,13 @@ def _pack(source: _Bitmask, layout: MemoryLayout, where: str, threads: int | Non
 
 
 def pack_best(
-    mask: Tensor, values: Tensor, shape: tuple[int, int], pattern: Pattern | None = None, *, where: str = "weight"
+    mask: Tensor,
+    values: Tensor,
+    shape: tuple[int, int],
+    pattern: Pattern | None = None,
+    *,
+    where: str = "weight",
+    threads: int | None = None,
 ) -> Tensor:
     """Pack one weight in the layout that multiplies fastest; arguments as `pack`, `best_layout`.
 
@@ -447,8 +453,8 @@ def pack_best(
     any_mask, layout = best_layout(values.dtype, density), best_layout(values.dtype, density, pattern)
     if layout is not any_mask:
         with contextlib.suppress(BadIndex):
-            return pack(mask, values, shape, layout, where=where)
-    return pack(mask, values, shape, any_mask, where=where)
+            return pack(mask, values, shape, layout, where=where, threads=threads)
+    return pack(mask, values, shape, any_mask, where=where, threads=threads)
 
 
 def best_layout(dtype: torch.dtype, density: float, pattern: Pattern | None = None) -> MemoryLayout:

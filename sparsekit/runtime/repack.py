@@ -90,7 +90,7 @@ class Source:
         values = torch.empty(self.values.numel(), dtype=self.dtype)
         codes = _bitmask(self.shape, self.mask, self.values, self.dtype)
         status = native.library().sk_dequantize(
-            ctypes.byref(codes), self.scales.data_ptr(), values.data_ptr(), torch.get_num_threads()
+            ctypes.byref(codes), self.scales.data_ptr(), values.data_ptr(), _threads(self.shape)
         )
         native.check(status, "codes of a packed weight")
         return replace(self, values=values, scales=None)
@@ -103,7 +103,7 @@ class Source:
         else:
             weight = torch.empty(self.shape, dtype=self.dtype)
             source = _bitmask(self.shape, found.mask, found.values, self.dtype)
-            status = native.library().sk_expand(ctypes.byref(source), weight.data_ptr(), torch.get_num_threads())
+            status = native.library().sk_expand(ctypes.byref(source), weight.data_ptr(), _threads(self.shape))
             native.check(status, "packed weight")
         return weight.T.contiguous() if self.transposed else weight
 
@@ -121,14 +121,14 @@ class Source:
             found = replace(self, values=found.values.to(dtype), dtype=dtype)
         if found.mask is None:
             return pack_dense(found.values.reshape(self.shape))
-        return native.pack_best(found.mask, found.values, self.shape, self.pattern)
+        return native.pack_best(found.mask, found.values, self.shape, self.pattern, threads=_threads(self.shape))
 
     def _pack_codes(self, scales: Tensor) -> Tensor:
         mask, codes = self.mask, self.values
         if mask is None:  # in memory int4 has no code for zero: a zero is left out
             keep = codes.reshape(self.shape) != 0
             mask, codes = pack_mask(keep), codes[keep.reshape(-1)]
-        return native.pack_codes(mask, codes, scales, self.shape, self.coded, self.dtype)
+        return native.pack_codes(mask, codes, scales, self.shape, self.coded, self.dtype, threads=_threads(self.shape))
 
 
 def repack(
@@ -167,12 +167,12 @@ def pack_dense(weight: Tensor) -> Tensor:
     weight = weight.contiguous()
     shape = (weight.shape[0], weight.shape[1])
     mask = torch.empty((shape[0], (shape[1] + 7) // 8), dtype=torch.uint8)
-    lib, threads = native.library(), torch.get_num_threads()
+    lib, threads = native.library(), _threads(shape)
     kept = lib.sk_dense_mask(weight.data_ptr(), *shape, weight.element_size(), mask.data_ptr(), threads)
     values = torch.empty(kept, dtype=weight.dtype)
     source = _bitmask(shape, mask, values, weight.dtype)
     native.check(lib.sk_compact(weight.data_ptr(), ctypes.byref(source), values.data_ptr(), threads), "weight")
-    return native.pack_best(mask, values, shape)
+    return native.pack_best(mask, values, shape, threads=threads)
 
 
 def read_source(facts: Mapping[str, Any], parts: Mapping[str, Tensor], where: str) -> Source:
@@ -197,7 +197,7 @@ def read_source(facts: Mapping[str, Any], parts: Mapping[str, Tensor], where: st
         ctypes.byref(_disk(packed, native.dtype_of(dtype))),
         mask.data_ptr() if mask is not None and positions else None,
         values.data_ptr(),
-        torch.get_num_threads(),
+        _threads(packed.shape),
     )
     if status == 4:
         native.check(status, where)
@@ -206,6 +206,11 @@ def read_source(facts: Mapping[str, Any], parts: Mapping[str, Tensor], where: st
     scales = packed.tensors.get("weight_scales")
     coded = MemoryLayout.INT4 if packed.encoding is Encoding.INT4 else MemoryLayout.INT8
     return Source(packed.shape, mask, values.reshape(-1), dtype, scales, packed.transposed, coded, packed.pattern)
+
+
+def _threads(shape: tuple[int, int]) -> int:
+    """Return the threads for one weight: below a million weights each, waking them costs more than they save."""
+    return max(1, min(torch.get_num_threads(), shape[0] * shape[1] >> 20))
 
 
 def _refuse(packed: PackedTensor, where: str) -> NoReturn:

@@ -17,15 +17,21 @@ from sparsekit.checkpoint.safetensors_file import read_header
 from sparsekit.errors import SparsekitError
 from sparsekit.pack.files import METADATA
 from sparsekit.pack.verify import verify
+from sparsekit.runtime import native
 from tests.runtime.support import both
 
 SHARD = "sparsekit_model-00002-of-00004.safetensors"
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 
 
-@pytest.fixture(autouse=True)
-def _unpacked(monkeypatch):
-    monkeypatch.setenv("SPARSEKIT_RUNTIME", "dense")
+MODES = ["dense", "packed"] if native.available() else ["dense"]
+
+
+@pytest.fixture(params=MODES)
+def runtime(request, monkeypatch):
+    """Both ways of loading: unpacked, and with layers that multiply with packed weights."""
+    monkeypatch.setenv("SPARSEKIT_RUNTIME", request.param)
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +114,28 @@ def values_cut(stem, tensors, facts):
     tensors[name] = tensors[name][:-1].contiguous()
 
 
+def moved_mask(stem, tensors, facts):
+    """A bitmask that keeps as many weights, in other rows."""
+    tensors[f"{stem}weight_bitmask"][0] = 255
+    tensors[f"{stem}weight_bitmask"][1] = 0
+
+
+def falling_offsets(stem, tensors, facts):
+    tensors[f"{stem}weight_row_offsets"] = tensors[f"{stem}weight_row_offsets"].flip(0).contiguous()
+
+
+def huge_offset(stem, tensors, facts):
+    tensors[f"{stem}weight_row_offsets"][-1] = 2**62
+
+
+def mask_of_another_dtype(stem, tensors, facts):
+    tensors[f"{stem}weight_bitmask"] = tensors[f"{stem}weight_bitmask"].to(torch.int32)
+
+
 DAMAGE = [
     flip_mask, shift_offset, drop_offsets, drop_all_parts, shape_of_another, wrong_count, facts_of_another,
-    unknown_layout, unknown_encoding, other_pattern, no_entry, values_cut,
+    unknown_layout, unknown_encoding, other_pattern, no_entry, values_cut, moved_mask, falling_offsets,
+    huge_offset, mask_of_another_dtype,
 ]  # fmt: skip
 
 
@@ -119,7 +144,7 @@ DAMAGE = [
     # A bitmask is read without its pattern: only the manifest can tell that the pattern is another.
     [(damage, manifest) for damage in DAMAGE for manifest in (True, False) if manifest or damage is not other_pattern],
 )
-def test_damage_is_named_when_transformers_loads(packed, damage, manifest):
+def test_damage_is_named_when_transformers_loads(packed, damage, manifest, runtime):
     name = change(packed, damage)
     if not manifest:
         (packed / "sparsekit.json").unlink()
@@ -154,7 +179,7 @@ def test_structure_and_full_need_no_torch(pristine):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_format_of_the_future(packed):
+def test_a_format_of_the_future(packed, runtime):
     path = packed / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"]["format_version"] = 2
@@ -163,7 +188,7 @@ def test_a_format_of_the_future(packed):
         AutoModelForCausalLM.from_pretrained(packed, dtype="auto")
 
 
-def test_a_manifest_that_disagrees(packed):
+def test_a_manifest_that_disagrees(packed, runtime):
     path = packed / "sparsekit.json"
     manifest = json.loads(path.read_text())
     name = min(manifest["packed"])
@@ -175,7 +200,7 @@ def test_a_manifest_that_disagrees(packed):
     assert any(name in problem.where for problem in verify(packed, "semantic").problems)
 
 
-def test_a_truncated_shard(packed):
+def test_a_truncated_shard(packed, runtime):
     path = packed / SHARD
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(SparsekitError, match=SHARD):
@@ -199,7 +224,7 @@ def test_eval_says_it_on_one_line(packed, damage):
     assert SHARD in errors[0]
 
 
-def test_no_zeros_stand_in_for_weights_when_loading_is_tried_again(packed, pristine):
+def test_no_zeros_stand_in_for_weights_when_loading_is_tried_again(packed, pristine, runtime):
     """An error is raised by the load it belongs to, and a sound checkpoint loads after it."""
     change(packed, flip_mask)
     for _ in range(2):
