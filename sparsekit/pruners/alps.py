@@ -58,11 +58,11 @@ class ALPS(LayerPruner[ALPSOptions]):
         gram = stats["gram"]
         assert isinstance(gram, Gram)  # noqa: S101  (the walker delivers what `needs` names)
         eigen = gram.once(scaled_eigen, self.options.damping)
-        hessian = gram.once(damped, self.options.damping)
 
         def at(pattern: Pattern, budget: int) -> Pruned:
             found = self._admm(weight * eigen.scale, eigen, pattern, budget)
             keep = select(found.abs(), pattern, budget, "linear")
+            hessian = damped(gram.matrix, self.options.damping)
             start = better_rows(weight, zeroed(weight, keep), zeroed(found / eigen.scale, keep), hessian)
             steps = self.options.refit_steps
             return Pruned(conjugate_gradients(weight, keep, hessian, start, steps=steps, rtol=1e-4), keep)

@@ -48,5 +48,6 @@ class LstSq(WeightUpdate[LstSqOptions]):
         assert isinstance(gram, Gram)  # noqa: S101  (the walker delivers what `needs` names)
         factor = gram.once(inverse_factor, self.options.damping)
         swept, _ = sweep(weight, factor.upper, lambda _, first, last: start.keep[:, first:last], _STRIP, _STRIP)
-        solved = masked_lstsq(weight, start.keep, gram.once(damped, factor.damping), swept)
-        return Pruned(better_rows(weight, start.weight, solved, gram.matrix), start.keep, factor.notes)
+        matrix = gram.matrix
+        solved = masked_lstsq(weight, start.keep, damped(matrix, factor.damping), swept)
+        return Pruned(better_rows(weight, start.weight, solved, matrix), start.keep, factor.notes)

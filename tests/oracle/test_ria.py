@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from sparsekit.contracts import LinearInfo
+from sparsekit.errors import RecipeSchemaError
 from sparsekit.masks import select
 from sparsekit.pattern import NM, Unstructured
 from sparsekit.pruners.ria import RIA, RIAOptions
+from sparsekit.recipe.load import recipe_from
 from sparsekit.stats.sumsq import SumSq
 
 OUT, IN = 12, 16
@@ -68,3 +70,9 @@ def test_rows_and_channels_of_zeros_score_zero():
     kept = RIA(RIAOptions(), 0).fit(INFO, weight, stats)(Unstructured(), (OUT - 1) * (IN - 1)).keep
     assert not bool(kept[2].any())
     assert not bool(kept[:, 5].any())
+
+
+def test_a_permutation_is_refused_when_the_recipe_is_read():
+    stage = {"stage": "prune", "method": "ria", "pattern": "2:4", "permute": True}
+    with pytest.raises(RecipeSchemaError, match=r"stages\.0\.permute: needs the layer before permuted too"):
+        recipe_from({"sparsekit": 1, "name": "r", "description": "d", "stages": [stage]})
