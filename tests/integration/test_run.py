@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsekit import describe, run
 from sparsekit.checkpoint.verify import verify
-from sparsekit.errors import CalibrationError, OutputExists, ResumeMismatch, TooFewTokens
+from sparsekit.errors import CalibrationError, OutputExists, PlanError, ResumeMismatch, TooFewTokens
 from sparsekit.models.source import open_model
 from sparsekit.plan import check_tokens
 from sparsekit.prepared import prepare
@@ -90,6 +90,13 @@ def test_a_pruned_model_loads_with_plain_transformers(family, tmp_path):
         ("sparsegpt-2of4", []),
         ("sparsegpt-50", ["stages.0.pattern=4x2", "stages.0.strip=32"]),
         ("wanda-60", ["stages.0.update=obs"]),
+        ("wanda-lstsq-60", []),
+        ("alps-70", []),
+        ("alps-60", ["stages.0.pattern=2:4", "stages.0.sparsity=0.5"]),
+        ("ria-2of4", []),
+        ("dsnot-60", []),
+        ("dsnot-2of4", ["stages.0.refine={method: dsnot, paper: true}"]),
+        ("sparsegpt-60", ["stages.0.refine=dsnot", "stages.0.update=lstsq"]),
         ("magnitude-50", ["stages.0.update={method: obs, damping: 0.05}", "calibration.source=self"]),
     ],
 )
@@ -101,6 +108,17 @@ def test_every_method_pattern_and_level_keeps_exact_counts(recipe, sets, llama, 
     assert verify(tmp_path / "out", "semantic").problems == ()
     zeros = sum(int((tensor == 0).sum()) for name, tensor in tensors(tmp_path / "out").items() if "proj" in name)
     assert zeros >= stage["numel"] - stage["kept"]
+
+
+def test_a_pattern_that_a_refiner_cannot_do_is_refused_before_anything_is_read(llama, tmp_path):
+    with pytest.raises(PlanError, match=r"stages\.0\.refine: dsnot swaps single weights, which pattern 4x2 does not"):
+        prune(llama, tmp_path / "out", "dsnot-50", ["stages.0.pattern=4x2"])
+
+
+def test_too_few_tokens_for_a_fit_are_refused(llama, tmp_path):
+    few = ["calibration.samples=1", "calibration.sequence_length=8"]
+    with pytest.raises(TooFewTokens, match=r"stages\.0\.update: lstsq needs at least \d+ tokens, got 8"):
+        prune(llama, tmp_path / "out", "wanda-lstsq-60", few)
 
 
 def test_sparsity_zero_leaves_every_bit(llama, tmp_path):
