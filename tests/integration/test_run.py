@@ -121,6 +121,13 @@ def test_too_few_tokens_for_a_fit_are_refused(llama, tmp_path):
         prune(llama, tmp_path / "out", "wanda-lstsq-60", few)
 
 
+def test_the_plan_counts_the_memory_of_a_factor(llama):
+    source = open_model(str(llama), Silent())
+    norms, factors = (prepare(load_recipe(name, SMALL), source) for name in ("wanda-50", "sparsegpt-50"))
+    widest = max(linear.in_features for linear in factors.plans[0].targets)
+    assert factors.cost.memory_bytes - norms.cost.memory_bytes >= 6 * 8 * widest**2
+
+
 def test_sparsity_zero_leaves_every_bit(llama, tmp_path):
     prune(llama, tmp_path / "out", sets=["stages.0.sparsity=0"])
     before, after = tensors(llama), tensors(tmp_path / "out")
