@@ -48,6 +48,7 @@ def _describe_plan(model: LazyModel, plan: StagePlan) -> dict[str, Any]:
     return {
         "method": plan.stage.method,
         **_parts(plan),
+        "allocated": not plan.allocator.looks,
         "pattern": str(plan.pattern),
         "sparsity": plan.stage.sparsity,
         "overrides": plan.stage.overrides,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sparsekit.contracts import Stats
@@ -51,6 +52,23 @@ def layer_errors(dense: Tensor, stored: Tensor, stats: Stats) -> dict[str, float
         )
         facts["tokens"] = next(stat.tokens for stat in (gram, sumsq) if stat is not None)
     return facts
+
+
+def output_error(dense: Tensor, gram: Gram) -> Callable[[Tensor], float]:
+    """Return what tells |X (W - W')^T|^2 / |X W^T|^2 of any W' in place of `dense: [out, in]`, float32.
+
+    For many levels of one linear: what they share is computed once.
+    """
+    metric = gram.matrix.to(torch.float32)
+    parts = torch.split(dense, max(1, _ELEMENTS // dense.shape[1]))
+    whole = sum(_energy(part, metric) for part in parts)
+
+    def error(pruned: Tensor) -> float:
+        rows = torch.split(pruned, len(parts[0]))
+        changed = sum(_energy(part - row, metric) for part, row in zip(parts, rows, strict=True))
+        return changed / whole if whole else 0.0
+
+    return error
 
 
 def _energy(rows: Tensor, metric: Tensor) -> float:

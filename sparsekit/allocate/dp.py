@@ -22,7 +22,8 @@ from pydantic import Field
 from sparsekit.budget import distribute
 from sparsekit.contracts import AllocationContext, Allocator, LinearInfo, MethodOptions
 from sparsekit.errors import PlanError
-from sparsekit.layer_errors import layer_errors
+from sparsekit.layer_errors import output_error
+from sparsekit.stats.gram import Gram
 
 Errors = dict[int, float]
 """Error of a linear per level: a number of steps more (or fewer) kept weights than uniform."""
@@ -72,13 +73,16 @@ class Dp(Allocator[DpOptions]):
         found: dict[str, Errors] = {}
         reach = range(-self.options.levels, self.options.levels + 1)
         for linear, weight, stats in context.visit(self.needs | context.pruner.needs):
+            gram = stats["gram"]
+            assert isinstance(gram, Gram)  # noqa: S101  (the walker delivers what `needs` names)
+            error = output_error(weight, gram)
             at = context.pruner.fit(linear, weight, stats)
-            found[linear.name] = {}
-            for level in reach:
-                count = uniform[linear.name] + level * step
-                if 0 <= count <= linear.numel:
-                    facts = layer_errors(weight, at(context.pattern, count).weight, stats)
-                    found[linear.name][level] = facts["output_error"]
+            counts = {level: uniform[linear.name] + level * step for level in reach}
+            found[linear.name] = {
+                level: error(at(context.pattern, count).weight)
+                for level, count in counts.items()
+                if 0 <= count <= linear.numel
+            }
         return found
 
 

@@ -102,6 +102,10 @@ def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:
         title = f"{stage['method']}: {stage['targets']} linears in {plan['blocks']} blocks"
         render.emit(f"{title}, {stage['coverage']:.1%} of the block weights")
         render.emit(render.table(["linear", "shape (out x in)", "sparsity", "pattern"], rows))
+        if not stage["allocated"]:
+            render.emit(
+                f"Averages: {stage['allocate']} looks at the model first, each linear's sparsity is its choice."
+            )
     cost: dict[str, Any] = plan["cost"]
     render.emit(f"memory  about {bytes_text(cost['memory_bytes'])}")
     render.emit(f"disk    {bytes_text(cost['disk_bytes'])}")

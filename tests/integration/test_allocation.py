@@ -14,6 +14,7 @@ from sparsekit.models.source import open_model
 from sparsekit.prepared import prepare
 from sparsekit.progress import Silent
 from sparsekit.recipe.load import load_recipe
+from tests.fault.command import invoke, prune_arguments
 from tests.support import tiny
 
 SMALL = ["calibration.source=builtin", "calibration.samples=3", "calibration.sequence_length=48"]
@@ -138,10 +139,18 @@ def test_a_dry_run_shows_overrides_and_the_rest(llama, tmp_path):
     for allocate in ("uniform", "owl", "erk"):
         stage = describe.describe_plan(prepared(llama, [*sets, f"stages.0.allocate={allocate}"]), tmp_path)["stages"][0]
         assert stage["overrides"] == {"*.k_proj": 0.0}
+        assert stage["allocated"] == (allocate != "owl")
         ranges = {kind["kind"]: kind["sparsity_range"] for kind in stage["kinds"]}
         assert ranges["self_attn.k_proj"] == [0, 0]
         assert all(low > 0 for kind, (low, _) in ranges.items() if kind != "self_attn.k_proj") or allocate == "erk"
         assert sum(facts["kept"] for facts in stage["linears"].values()) == pytest.approx(stage["kept"], abs=20)
+
+
+def test_a_dry_run_says_that_averages_are_averages(llama, tmp_path):
+    for allocate, told in (("erk", False), ("owl", True)):
+        ended = invoke(*prune_arguments(llama, tmp_path / "out", "--dry-run", "--set", f"stages.0.allocate={allocate}"))
+        assert ended.code == 0
+        assert (f"Averages: {allocate} looks at the model first" in ended.out) == told
 
 
 def test_losses_on_more_text_than_there_is_are_refused(llama):
