@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekit import masks
-from sparsekit.allocation import allocate, densities
+from sparsekit.allocation import Allocation, allocate, densities
 from sparsekit.checkpoint.safetensors_file import RawTensor, read_header
 from sparsekit.checkpoint.staging import StagedCheckpoint
 from sparsekit.contracts import Stat
@@ -81,7 +81,7 @@ def prune_stage(
         reporter: Told about every block.
         form: How pruned tensors are packed; None leaves them dense.
     """
-    allocation = allocate(plan, model, samples, reporter)
+    allocation = _journalled_allocation(staged) or allocate(plan, model, samples, reporter)
     budgets = allocation.counts
     linears: dict[str, dict[str, Any]] = {}
     tensors: dict[str, dict[str, Any]] = {}
@@ -97,6 +97,8 @@ def prune_stage(
             written = checkpoint_tensors(model, visit.index, changed)
             packed = pack_changed(written, changed, keeps, facts["tensors"], form) if form else {}
             facts["packed"] = packed
+            if visit.index == 0:
+                facts["allocation"] = asdict(allocation)
             entry = staged.write_shard(key, shard_names[visit.index], written, facts, files.metadata(packed))
         else:
             visit.adopt(shard)
@@ -109,6 +111,16 @@ def prune_stage(
         model.redirect(visit.index, shard)
     told = {"density": densities(plan.targets, budgets), **allocation.facts}
     return StageResult(linears, tensors, packed_tensors, notes, resumed, told)
+
+
+def _journalled_allocation(staged: StagedCheckpoint) -> Allocation | None:
+    """Return what an interrupted run pruned its first block with, None without such a run.
+
+    Looking again takes time, and on another number of threads losses may differ in the last bit.
+    """
+    entry = staged.finished("block-0")
+    found: Any = entry.facts.get("allocation") if entry else None
+    return Allocation(**found) if found else None
 
 
 def _prune_block(

@@ -153,6 +153,34 @@ def test_a_dry_run_says_that_averages_are_averages(llama, tmp_path):
         assert (f"Averages: {allocate} looks at the model first" in ended.out) == told
 
 
+def test_a_resumed_run_keeps_the_allocation_it_began_with(llama, tmp_path, monkeypatch):
+    from sparsekit.allocate.owl import Owl
+    from sparsekit.checkpoint.staging import StagedCheckpoint
+
+    write = StagedCheckpoint.write_shard
+
+    def until_block_1(self, key, *rest):
+        if key == "block-1":
+            raise KeyboardInterrupt
+        return write(self, key, *rest)
+
+    def never(self, context, budget):
+        raise AssertionError("looked again")
+
+    owl = ["stages.0.allocate=owl"]
+    whole = prune(llama, tmp_path / "whole", owl)
+    with monkeypatch.context() as patch:
+        patch.setattr(StagedCheckpoint, "write_shard", until_block_1)
+        with pytest.raises(KeyboardInterrupt):
+            prune(llama, tmp_path / "out", owl)
+    with monkeypatch.context() as patch:
+        patch.setattr(Owl, "allocate", never)
+        stage = prune(llama, tmp_path / "out", owl)
+    assert stage["resumed_blocks"] == 1
+    assert stage["allocation"] == whole["allocation"]
+    assert kept(stage) == kept(whole)
+
+
 def test_losses_on_more_text_than_there_is_are_refused(llama):
     for probe in ("samples: 4, sequence_length: 16", "samples: 2, sequence_length: 64"):
         with pytest.raises(TooFewTokens, match=r"stages\.0\.allocate: ecoflap measures losses on .* has 3 of 48"):
