@@ -11,6 +11,8 @@ Cost: one eigendecomposition of in x in; about 100 steps for each level, each a 
 Deviations: H is the gram matrix plus 1 % of its mean diagonal, scaled to unit diagonal, as in the authors' experiments.
     Where a support never moves at all, rho is lowered and the steps begin again, at most until rho is 1e-5. The
     conjugate gradients begin from the better, row by row, of ADMM's weights and the dense ones on the same support.
+    SparseGPT's sweep is tried too and taken, with a note, where its error is lower; that was seen on tiny linears with
+    fewer tokens than inputs only.
 Numbers: 70 % on Llama-3-8B 29 % lower perplexity than the next method (third party); SmolLM2-135M see docs/results.md.
 """
 
@@ -24,8 +26,9 @@ from sparsekit.contracts import LayerPruner, Level, LinearInfo, MethodOptions, P
 from sparsekit.lazy import torch
 from sparsekit.masks import select, zeroed
 from sparsekit.pattern import Pattern
-from sparsekit.solve.factor import ScaledEigen, damped, scaled_eigen
-from sparsekit.solve.masked_lstsq import better_rows, conjugate_gradients
+from sparsekit.solve.factor import ScaledEigen, damped, inverse_factor, scaled_eigen
+from sparsekit.solve.masked_lstsq import better_rows, conjugate_gradients, row_errors
+from sparsekit.solve.obs import STRIP, prune
 from sparsekit.stats.gram import Gram
 
 if TYPE_CHECKING:
@@ -59,13 +62,21 @@ class ALPS(LayerPruner[ALPSOptions]):
         assert isinstance(gram, Gram)  # noqa: S101  (the walker delivers what `needs` names)
         eigen = gram.once(scaled_eigen, self.options.damping)
 
+        factor = gram.once(inverse_factor, self.options.damping)
+
         def at(pattern: Pattern, budget: int) -> Pruned:
             found = self._admm(weight * eigen.scale, eigen, pattern, budget)
             keep = select(found.abs(), pattern, budget, "linear")
             hessian = damped(gram.matrix, self.options.damping)
             start = better_rows(weight, zeroed(weight, keep), zeroed(found / eigen.scale, keep), hessian)
             steps = self.options.refit_steps
-            return Pruned(conjugate_gradients(weight, keep, hessian, start, steps=steps, rtol=1e-4), keep)
+            solved = conjugate_gradients(weight, keep, hessian, start, steps=steps, rtol=1e-4)
+            swept, kept = prune(weight, factor, pattern, budget, STRIP)
+            if float(row_errors(weight, swept, hessian).sum()) < float(row_errors(weight, solved, hessian).sum()):
+                return Pruned(
+                    swept, kept, ("SparseGPT's sweep was closer to the dense outputs than ADMM and was taken",)
+                )
+            return Pruned(solved, keep)
 
         return at
 

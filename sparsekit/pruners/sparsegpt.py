@@ -20,11 +20,9 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from sparsekit.contracts import LayerPruner, Level, LinearInfo, MethodOptions, Pruned, Stats, TokenNeed
-from sparsekit.errors import PlanError
-from sparsekit.masks import select
-from sparsekit.pattern import NM, Block, Pattern
+from sparsekit.pattern import Pattern
 from sparsekit.solve.factor import inverse_factor
-from sparsekit.solve.obs import sweep
+from sparsekit.solve.obs import STRIP, prune
 from sparsekit.stats.gram import Gram
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ class SparseGPTOptions(MethodOptions):
     """Options of `sparsegpt`."""
 
     damping: float = Field(default=0.01, gt=0, le=0.3, description="added to the diagonal, as a share of its mean")
-    strip: int = Field(default=128, ge=1, description="columns whose weights compete with each other")
+    strip: int = Field(default=STRIP, ge=1, description="columns whose weights compete with each other")
 
 
 class SparseGPT(LayerPruner[SparseGPTOptions]):
@@ -50,32 +48,8 @@ class SparseGPT(LayerPruner[SparseGPTOptions]):
         gram = stats["gram"]
         assert isinstance(gram, Gram)  # noqa: S101  (the walker delivers what `needs` names)
         factor = gram.once(inverse_factor, self.options.damping)
-        cost = factor.upper.diagonal().square().reciprocal_().float().masked_fill_(factor.dead, 0)  # 1 / U_jj^2
 
         def at(pattern: Pattern, budget: int) -> Pruned:
-            strip = self._strip(pattern, linear)
-            group = pattern.of if isinstance(pattern, NM) else strip
-
-            def choose(current: Tensor, first: int, last: int) -> Tensor:
-                score = current.square() * cost[first:last]  # eq. 3
-                return select(score, pattern, _share(linear, pattern, budget, first, last), "linear")
-
-            pruned, keep = sweep(weight, factor.upper, choose, group, strip)
-            return Pruned(pruned, keep, factor.notes)
+            return Pruned(*prune(weight, factor, pattern, budget, self.options.strip), factor.notes)
 
         return at
-
-    def _strip(self, pattern: Pattern, linear: LinearInfo) -> int:
-        """Return the strip's width, a multiple of the pattern's."""
-        width = pattern.of if isinstance(pattern, NM) else pattern.cols if isinstance(pattern, Block) else 1
-        if linear.in_features % width:
-            raise PlanError(f"pattern {pattern} does not divide {linear.in_features} inputs", where=linear.name)
-        return max(self.options.strip // width, 1) * width
-
-
-def _share(linear: LinearInfo, pattern: Pattern, budget: int, first: int, last: int) -> int:
-    """Return how many of `budget` weights the columns first..last-1 keep, in whole units; all strips sum to it."""
-    if isinstance(pattern, NM):
-        return linear.out_features * (last - first) // pattern.of * pattern.keep
-    units = budget // pattern.unit
-    return (units * last // linear.in_features - units * first // linear.in_features) * pattern.unit

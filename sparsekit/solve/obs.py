@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sparsekit.lazy import torch
-from sparsekit.masks import zeroed
+from sparsekit.masks import select, zeroed
+from sparsekit.pattern import NM, Block, Pattern
+from sparsekit.solve.factor import InverseFactor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 Choose = Callable[["Tensor", int, int], "Tensor"]
 """`choose(current, first, last)`: the mask [out, last - first] of columns first..last-1, given their current values
 [out, last - first]. Asked once for each group of columns, left to right."""
+
+STRIP = 128
+"""Columns that compete with each other, as published; for a given mask only the speed depends on it."""
 
 _LEAF = 32  # columns swept one by one
 
@@ -65,3 +70,40 @@ def sweep(weight: Tensor, upper: Tensor, choose: Choose, group: int, strip: int)
         columns[end:].addmm_(factor[base:end, end:].T, errors[: end - base], alpha=-1)
     kept = keep.T.contiguous()
     return zeroed(columns.T.contiguous(), kept), kept
+
+
+def prune(weight: Tensor, factor: InverseFactor, pattern: Pattern, budget: int, strip: int) -> tuple[Tensor, Tensor]:
+    """Sweep a linear and choose in each strip, on the weights as compensated so far, what costs most to remove.
+
+    Args:
+        weight: [out, in] float32; not changed.
+        factor: Of the inputs' gram matrix.
+        pattern: N:M groups are chosen as the sweep reaches them, all else at the start of a strip.
+        budget: Kept weights; strips share it in proportion to their width.
+        strip: Columns that compete with each other, rounded to the pattern's width.
+
+    Returns:
+        (weight, keep): [out, in] each, as from `sweep`.
+    """
+    out_features, in_features = weight.shape
+    pattern.check(out_features, in_features, where="column sweep")
+    width = pattern.of if isinstance(pattern, NM) else pattern.cols if isinstance(pattern, Block) else 1
+    strip = max(strip // width, 1) * width
+    cost = factor.upper.diagonal().square().reciprocal_().float().masked_fill_(factor.dead, 0)  # 1 / U_jj^2
+
+    def share(first: int, last: int) -> int:
+        """Return how many weights the columns first..last-1 keep, in whole units; all strips sum to the budget."""
+        if isinstance(pattern, NM):
+            return out_features * (last - first) // pattern.of * pattern.keep
+        units = budget // pattern.unit
+        return (units * last // in_features - units * first // in_features) * pattern.unit
+
+    def choose(current: Tensor, first: int, last: int) -> Tensor:
+        return select(current.square() * cost[first:last], pattern, share(first, last), "linear")  # eq. 3
+
+    return sweep(weight, factor.upper, choose, pattern.of if isinstance(pattern, NM) else strip, strip)
+
+
+def compensate(weight: Tensor, factor: InverseFactor, keep: Tensor) -> Tensor:
+    """Sweep `weight: [out, in]` with a given mask [out, in]; return the compensated weight, zero outside the mask."""
+    return sweep(weight, factor.upper, lambda _, first, last: keep[:, first:last], STRIP, STRIP)[0]

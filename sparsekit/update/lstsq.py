@@ -20,13 +20,11 @@ from pydantic import Field
 from sparsekit.contracts import LinearInfo, MethodOptions, Pruned, Stats, TokenNeed, WeightUpdate
 from sparsekit.solve.factor import damped, inverse_factor
 from sparsekit.solve.masked_lstsq import better_rows, masked_lstsq
-from sparsekit.solve.obs import sweep
+from sparsekit.solve.obs import compensate
 from sparsekit.stats.gram import Gram
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_STRIP = 128  # only speed depends on it
 
 
 class LstSqOptions(MethodOptions):
@@ -47,7 +45,8 @@ class LstSq(WeightUpdate[LstSqOptions]):
         gram = stats["gram"]
         assert isinstance(gram, Gram)  # noqa: S101  (the walker delivers what `needs` names)
         factor = gram.once(inverse_factor, self.options.damping)
-        swept, _ = sweep(weight, factor.upper, lambda _, first, last: start.keep[:, first:last], _STRIP, _STRIP)
         matrix = gram.matrix
-        solved = masked_lstsq(weight, start.keep, damped(matrix, factor.damping), swept)
+        solved = masked_lstsq(
+            weight, start.keep, damped(matrix, factor.damping), compensate(weight, factor, start.keep)
+        )
         return Pruned(better_rows(weight, start.weight, solved, matrix), start.keep, factor.notes)

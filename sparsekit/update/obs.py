@@ -17,13 +17,11 @@ from pydantic import Field
 
 from sparsekit.contracts import LinearInfo, MethodOptions, Pruned, Stats, TokenNeed, WeightUpdate
 from sparsekit.solve.factor import inverse_factor
-from sparsekit.solve.obs import sweep
+from sparsekit.solve.obs import compensate
 from sparsekit.stats.gram import Gram
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_STRIP = 128  # only speed depends on it
 
 
 class OBSOptions(MethodOptions):
@@ -44,5 +42,4 @@ class OBS(WeightUpdate[OBSOptions]):
         gram = stats["gram"]
         assert isinstance(gram, Gram)  # noqa: S101  (the walker delivers what `needs` names)
         factor = gram.once(inverse_factor, self.options.damping)
-        moved, _ = sweep(weight, factor.upper, lambda _, first, last: start.keep[:, first:last], _STRIP, _STRIP)
-        return Pruned(moved, start.keep, factor.notes)
+        return Pruned(compensate(weight, factor, start.keep), start.keep, factor.notes)

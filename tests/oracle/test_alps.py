@@ -52,6 +52,16 @@ def test_is_never_above_sparsegpt(pattern, sparsity, seed):
         assert error(weight, ours.weight, gram) <= error(weight, theirs.weight, gram)
 
 
+def test_the_sweep_is_taken_with_a_note_where_it_is_closer():
+    """Few tokens and blocks: ADMM settles on a worse support here."""
+    info, weight, stats = problem(118, tokens=16, shape=(8, 32))
+    ours = ALPS(ALPSOptions(), 0).fit(info, weight, stats)(Block(4, 2), 104)
+    theirs = SparseGPT(SparseGPTOptions(), 0).fit(info, weight, stats)(Block(4, 2), 104)
+    assert torch.equal(ours.weight, theirs.weight)
+    assert torch.equal(ours.keep, theirs.keep)
+    assert ours.notes == ("SparseGPT's sweep was closer to the dense outputs than ADMM and was taken",)
+
+
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
 def test_the_weights_are_the_refit_of_their_support(sparsity):
     info, weight, stats = problem()
