@@ -18,7 +18,8 @@ from tests.fault.command import invoke, prune_arguments
 from tests.support import tiny
 
 SMALL = ["calibration.source=builtin", "calibration.samples=3", "calibration.sequence_length=48"]
-ECOFLAP = "stages.0.allocate={method: ecoflap, samples: 2, sequence_length: 16}"
+PROBES = "{method: ecoflap, samples: 2, sequence_length: 16}"
+ECOFLAP = f"stages.0.allocate={PROBES}"
 
 
 def prepared(folder, sets, recipe="wanda-60"):
@@ -179,6 +180,14 @@ def test_a_resumed_run_keeps_the_allocation_it_began_with(llama, tmp_path, monke
     assert stage["resumed_blocks"] == 1
     assert stage["allocation"] == whole["allocation"]
     assert kept(stage) == kept(whole)
+
+
+def test_the_cost_counts_what_the_allocator_needs(llama):
+    uniform, dp, ecoflap = (prepared(llama, [f"stages.0.allocate={name}"]).cost for name in ("uniform", "dp", PROBES))
+    grams = 4 * 32**2 + 48**2  # inputs of a block: two of attention, two of the MLP's first linears, one of its last
+    assert dp.memory_bytes - uniform.memory_bytes == 8 * grams
+    assert ecoflap.memory_bytes >= plan.BASE_MEMORY_BYTES + ecoflap.whole_bytes
+    assert dp.whole_bytes == uniform.whole_bytes == 0
 
 
 def test_losses_on_more_text_than_there_is_are_refused(llama):
