@@ -123,7 +123,7 @@ def test_random_densities_depend_on_seed_and_name_and_stay_in_their_span(by):
 
 
 # --- owl ---------------------------------------------------------------------------------------------------
-def owl_by_hand(seen, sparsity, lam, outlier):
+def owl_by_hand(seen, sparsity, lam, outlier, mean):
     """The definition, block by block in float64."""
     scores, numel = {}, {}
     for linear, weight, stats in seen.visit(frozenset({"sumsq"})):
@@ -133,20 +133,24 @@ def owl_by_hand(seen, sparsity, lam, outlier):
         numel[linear.block] = numel.get(linear.block, 0) + linear.numel
     percent = {}
     for block, parts in scores.items():
+        if mean == "linear":
+            parts = [part / part.mean() for part in parts]
         pooled = torch.cat(parts)
-        percent[block] = 100 * float((pooled > outlier * pooled.mean()).double().mean())
+        limit = outlier * (1 if mean == "linear" else pooled.mean())
+        percent[block] = 100 * float((pooled > limit).double().mean())
     low, high = min(percent.values()), max(percent.values())
     t = {block: 2 * lam * (d - low) / (high - low) for block, d in percent.items()}
     mean = sum(t[b] * numel[b] for b in t) / sum(numel.values())
     return {block: 1 - sparsity + t[block] - mean for block in t}
 
 
+@pytest.mark.parametrize("mean", ["block", "linear"])
 @pytest.mark.parametrize(("lam", "outlier"), [(0.08, 5.0), (0.15, 3.0)])
-def test_owl_is_its_definition(lam, outlier):
+def test_owl_is_its_definition(lam, outlier, mean):
     seen = problem()
     total = budget.total(LINEARS, Unstructured(), 0.6)
-    counts = allocator("owl", lam=lam, outlier=outlier).allocate(seen, total)
-    wanted = owl_by_hand(seen, 0.6, lam, outlier)
+    counts = allocator("owl", lam=lam, outlier=outlier, mean=mean).allocate(seen, total)
+    wanted = owl_by_hand(seen, 0.6, lam, outlier, mean)
     assert len(set(wanted.values())) == 3
     for linear in LINEARS:  # uniform inside a block
         assert density(counts, linear) == pytest.approx(wanted[linear.block], abs=2.5 / linear.numel)
@@ -178,6 +182,19 @@ def test_owl_does_not_care_how_many_tokens_an_expert_saw():
     total = budget.total(LINEARS, Unstructured(), 0.6)
     one, other = (allocator("owl", outlier=2.0).allocate(context(LINEARS, weights, x), total) for x in (few, many))
     assert one == other
+
+
+def test_owl_by_linear_means_ignores_scales_of_linears():
+    """A linear whose scores are all ten times larger has no outliers for it."""
+    seen = problem()
+    weights = {linear.name: weight for linear, weight, _ in seen.visit(frozenset())}
+    inputs = {linear.name: torch.ones(10, linear.in_features) for linear in LINEARS}
+    scaled = {name: weight * (10 if name == "1.2" else 1) for name, weight in weights.items()}
+    total = budget.total(LINEARS, Unstructured(), 0.6)
+    for mean, same in (("linear", True), ("block", False)):
+        owl = allocator("owl", outlier=2.0, mean=mean)
+        one, other = (owl.allocate(context(LINEARS, values, inputs), total) for values in (weights, scaled))
+        assert (one == other) == same
 
 
 # --- dp ----------------------------------------------------------------------------------------------------
