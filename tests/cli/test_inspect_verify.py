@@ -25,7 +25,7 @@ from sparsekit.progress import Silent
 from sparsekit.recipe.load import load_recipe
 from tests.support import tiny
 
-SMALL = ["calibration.source=builtin", "calibration.samples=3", "calibration.sequence_length=32"]
+SMALL = ["calibration.source=builtin", "calibration.samples=3", "calibration.sequence_length=32", "save.format=dense"]
 
 
 def command(*arguments):

@@ -26,7 +26,7 @@ from sparsekit.cli.app import build
 PROGRAM = "from sparsekit.cli.app import main; main()"
 SMALL = (
     "calibration.source=builtin", "calibration.samples=3", "calibration.sequence_length=32",
-    "evaluate.samples=2", "evaluate.sequence_length=32",
+    "evaluate.samples=2", "evaluate.sequence_length=32", "save.format=dense",
 )  # fmt: skip
 _PROGRESS = re.compile(
     r"^(fetching|unpacking|Opening|Asking|Reading|tokenise|perplexity|comparison|prune|\d+ tensors) ?"

@@ -58,7 +58,7 @@ def test_every_command_block_runs_in_order(place):
 
 def test_every_python_block_runs(place, tmp_path):
     # They load folders that command blocks make; under xdist another worker may have run those.
-    for out, more in (("my-model-wanda-50", ""), ("my-model-packed", "--set save.format=auto")):
+    for out, more in (("my-model-wanda-50", ""), ("my-model-dense", "--set save.format=dense")):
         run(f"[ -d {out} ] || sparsekit prune ./my-model -r magnitude-50 --no-evaluate {more} -o {out}", place)
     programs = [text for language, text in BLOCKS if language == "python"]
     assert len(programs) == 3

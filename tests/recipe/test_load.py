@@ -344,7 +344,7 @@ def _nodes(data: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
             "global_magnitude",
         ),
         ("stages.0.method=magnitude", lambda r: r.stages[0].method_options().group, "linear"),
-        ("save={}", lambda r: r.save.format, "dense"),
+        ("save={}", lambda r: r.save.format, "auto"),
     ],
 )
 def test_override(override: str, read: Any, value: Any) -> None:

@@ -27,6 +27,7 @@ SMALL = [
     "calibration.sequence_length=32",
     "evaluate.samples=3",
     "evaluate.sequence_length=32",
+    "save.format=dense",
 ]
 SOURCE_CARD = """---
 license: apache-2.0
