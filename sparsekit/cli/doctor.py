@@ -40,6 +40,7 @@ def doctor(json: Json = False) -> None:
         "versions": _versions(),
         "machine": _machine(),
         "torch": _torch(),
+        "kernels": _kernels(),
         "hub": _hub(),
         "extras": _extras(),
     }
@@ -47,7 +48,7 @@ def doctor(json: Json = False) -> None:
     if json:
         render.emit_json(found)
     else:
-        for title in ("versions", "machine", "torch", "hub", "extras"):
+        for title in ("versions", "machine", "torch", "kernels", "hub", "extras"):
             rows = [
                 [key.removesuffix("_bytes").replace("_", " "), _shown(key, value)]
                 for key, value in found[title].items()
@@ -124,6 +125,16 @@ def _torch() -> dict[str, Any]:
     }
 
 
+def _kernels() -> dict[str, Any]:
+    """Return what multiplies with packed weights; without torch nothing does."""
+    try:
+        from sparsekit.runtime import native
+
+        return native.describe()
+    except (ImportError, OSError) as error:
+        return {"instruction_set": None, "why": f"{type(error).__name__}: {error}"}
+
+
 def _hub() -> dict[str, Any]:
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
@@ -152,6 +163,8 @@ def _problems(found: dict[str, Any]) -> list[str]:
     ]
     if not found["torch"]["imports"]:
         problems.append(f"torch does not import ({found['torch']['why']}); install it again")
+    if found["torch"]["imports"] and found["kernels"]["instruction_set"] is None:
+        problems.append(f"packed layers cannot run: {found['kernels']['why']}")
     if not found["hub"]["cache_writable"]:
         problems.append(f"{found['hub']['cache']} is not writable; set HF_HOME to a folder that is")
     return problems

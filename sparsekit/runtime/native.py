@@ -210,10 +210,12 @@ def missing_reason() -> str | None:
 
 def describe() -> dict[str, object]:
     """Return what `doctor` shows: the instruction set in use and those that run here, or why there are no kernels."""
-    reason = missing_reason()
-    if reason is not None:
-        return {"kernels": None, "missing": reason}
-    return {"kernels": isa(), "instruction_sets": isas()}
+    try:
+        library()
+    except (KernelsMissing, UnsupportedCPU) as error:
+        return {"instruction_set": None, "why": str(error)}
+    fallback = " (this processor has none of the others: products are slow)" if isas() == ["portable"] else ""
+    return {"instruction_set": f"{isa()}{fallback}", "runnable": isas()}
 
 
 def _use_isa(lib: ctypes.CDLL, name: str) -> None:

@@ -347,6 +347,16 @@ def test_doctor(tmp_path: Path) -> None:
     assert found["machine"]["usable_cores"] >= 1
     assert found["machine"]["memory_bytes"] > 2**20
     assert found["torch"]["imports"] is True
+    assert found["kernels"]["instruction_set"] in found["kernels"]["runnable"]
+
+
+def test_doctor_says_why_packed_layers_cannot_run(tmp_path: Path) -> None:
+    missing = run("doctor", env={"SPARSEKIT_KERNELS": str(tmp_path / "none.so")})
+    assert missing.returncode == 5
+    assert "packed layers cannot run:" in " ".join(missing.stdout.split())
+    forced = run("doctor", "--json", env={"SPARSEKIT_ISA": "mmx"})
+    assert forced.returncode == 5
+    assert "instruction set 'mmx' cannot run here" in json.loads(forced.stdout)["problems"][0]
 
 
 def test_doctor_finds_what_is_broken(tmp_path: Path) -> None:
