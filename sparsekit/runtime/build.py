@@ -33,7 +33,7 @@ _AVX512 = (
 _PLAIN = (
     *("disk", "disk_values", "expand"),
     *("isa", "linear", "linear_quantised", "pack", "pack_bitmap", "pack_block", "pack_chunk", "pack_quantised"),
-    *("pack_split", "pool", "torch_shim", "unpack", "kernels_portable", "quantised_portable"),
+    *("pack_split", "repack", "pool", "torch_shim", "unpack", "kernels_portable", "quantised_portable"),
 )
 
 
@@ -61,6 +61,7 @@ def units(machine: str) -> list[Unit]:
             *plain,
             Unit("quantised_avx2", ("-march=x86-64", *_AVX2)),
             Unit("quantised_avx512", ("-march=x86-64", *_AVX512)),
+            Unit("repack_avx512", ("-march=x86-64", *_AVX512)),
             Unit("kernels_avx2", ("-march=x86-64", *_AVX2)),
             Unit("kernels_avx512", ("-march=x86-64", *_AVX512)),
             Unit("kernels_avx512", ("-march=x86-64", *_AVX512, "-mavx512bf16", "-DSK_WITH_BF16"), "_bf16"),

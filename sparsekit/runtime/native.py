@@ -118,6 +118,7 @@ class PackedInfo:
     widths: tuple[int, int, int]
 
 
+_UNSUPPORTED = 5
 _STATUS = {1: "bad argument", 2: "bad mask", 3: "not a packed weight", 4: "out of memory", 5: "unsupported"}
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "sk_abi_version": (c_int, ()),
@@ -134,6 +135,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "sk_plan_free": (None, (c_void_p,)),
     "sk_packed_info": (c_int, (c_void_p, c_int64, POINTER(_Info))),
     "sk_unpack": (c_int, (c_void_p, c_int64, c_void_p, c_int)),
+    "sk_plan_from_disk": (c_int, (c_void_p, c_int, POINTER(c_void_p))),
     "sk_disk_read": (c_int, (c_void_p, c_void_p, c_void_p, c_int)),
     "sk_dequantize": (c_int, (POINTER(_Bitmask), c_void_p, c_void_p, c_int)),
     "sk_expand": (c_int, (POINTER(_Bitmask), c_void_p, c_int)),
@@ -428,10 +430,37 @@ def _pack(source: _Bitmask, layout: MemoryLayout, where: str, threads: int | Non
     count = threads or torch.get_num_threads()
     plan = c_void_p()
     check(lib.sk_plan_create(layout, byref(source), count, byref(plan)), where)
+    return _carry_out(plan, where, count)
+
+
+def pack_split(disk: ctypes.Structure, where: str, threads: int) -> Tensor | None:
+    """Pack a tensor of the form bitmask/split as it lies on disk, proving it, without decoding its values.
+
+    Args:
+        disk: `sk_disk` of the C interface; what it points to outlives the call.
+        where: Name of the weight, for messages.
+        threads: Threads to pack with.
+
+    Returns:
+        The buffer in the layout SPLIT; None where the instruction set has no fast way.
+
+    Raises:
+        BadIndex: A length, index, count or padding bit is wrong.
+    """
+    plan = c_void_p()
+    status = library().sk_plan_from_disk(byref(disk), threads, byref(plan))
+    if status == _UNSUPPORTED:
+        return None
+    check(status, where)
+    return _carry_out(plan, where, threads)
+
+
+def _carry_out(plan: c_void_p, where: str, threads: int) -> Tensor:
+    lib = library()
     try:
         size = lib.sk_plan_bytes(plan)
         out = allocate(size)
-        check(lib.sk_plan_pack(plan, out.data_ptr(), size, count), where)
+        check(lib.sk_plan_pack(plan, out.data_ptr(), size, threads), where)
     finally:
         lib.sk_plan_free(plan)
     return out

@@ -12,7 +12,7 @@ from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from sparsekit.errors import HeaderError, KernelError
+from sparsekit.errors import BadIndex, HeaderError, KernelError
 from sparsekit.lazy import torch
 from sparsekit.pack.bits import pack_mask
 from sparsekit.pack.tensor import SHAPE, from_entry, require_parts, unpack, validate
@@ -146,7 +146,22 @@ def repack(
         SparsekitError: As `pack.read`.
         KernelsMissing: There are no kernels.
     """
-    return read_source(facts, parts, where).packed(dtype)
+    packed = _opened(facts, parts, where)
+    made = _repack_split(packed, where, dtype)
+    return _read(packed, where).packed(dtype) if made is None else made
+
+
+def _repack_split(packed: PackedTensor, where: str, dtype: torch.dtype | None) -> Tensor | None:
+    """Move a split tensor into the layout SPLIT as it is, if that is what its values and pattern ask for."""
+    if (packed.layout, packed.encoding) != (Layout.BITMASK, Encoding.SPLIT) or dtype == torch.float16:
+        return None
+    density = packed.nnz / max(packed.shape[0] * packed.shape[1], 1)
+    if native.best_layout(torch.bfloat16, density, packed.pattern) is not MemoryLayout.SPLIT:
+        return None
+    try:
+        return native.pack_split(_disk(packed, native.DType.BF16), where, _threads(packed.shape))
+    except BadIndex:
+        _refuse(packed, where)
 
 
 def dense(facts: Mapping[str, Any], parts: Mapping[str, Tensor], where: str) -> Tensor:
@@ -182,9 +197,17 @@ def read_source(facts: Mapping[str, Any], parts: Mapping[str, Tensor], where: st
         SparsekitError: As `pack.read`.
         KernelsMissing: There are no kernels.
     """
+    return _read(_opened(facts, parts, where), where)
+
+
+def _opened(facts: Mapping[str, Any], parts: Mapping[str, Tensor], where: str) -> PackedTensor:
     packed = from_entry(facts, {name: part.contiguous() for name, part in parts.items()}, where)
     if not _well_formed(packed, where):
         _refuse(packed, where)
+    return packed
+
+
+def _read(packed: PackedTensor, where: str) -> Source:
     dtype, positions = torch_dtype(packed.dtype), packed.layout in (Layout.NM, Layout.BLOCK)
     rows, cols = packed.shape
     mask, values = packed.tensors.get("weight_bitmask"), packed.tensors.get(_RAW.get(packed.layout, "weight_nz"))

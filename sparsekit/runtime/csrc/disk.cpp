@@ -63,6 +63,8 @@ bool read_grid(const sk_disk& d, Starts& start, int threads) {
   return true;
 }
 
+}  // namespace
+
 bool read_positions(const sk_disk& d, Starts& start, uint8_t* mask, int threads) {
   bool sound = true;
   switch (d.layout) {
@@ -73,6 +75,8 @@ bool read_positions(const sk_disk& d, Starts& start, uint8_t* mask, int threads)
   }
   return sound && start.back() == d.nnz;
 }
+
+namespace {
 
 // Blocks [n, r, c] to the mask of all weights and their values row by row.
 void read_blocks(const sk_disk& d, const Starts& start, uint8_t* mask, uint8_t* values, int threads) {

@@ -22,8 +22,8 @@ bool check_dictionaries(const sk_disk& d) {
   return true;
 }
 
-// High bytes of `count` codes of 3 or 4 bits; reads exactly the bytes they take. False if a bit behind them is set.
-bool decode_row(const uint8_t* code, int64_t count, unsigned width, const uint8_t* dictionary, uint8_t* high) {
+// High bytes of `count` codes of 3 or 4 bits; reads exactly the bytes they take.
+void decode_row(const uint8_t* code, int64_t count, unsigned width, const uint8_t* dictionary, uint8_t* high) {
   const uint32_t each = (1u << width) - 1;
   const int64_t whole = count / 8 * 8;
   for (int64_t i = 0; i < whole; i += 8, code += width) {
@@ -35,11 +35,9 @@ bool decode_row(const uint8_t* code, int64_t count, unsigned width, const uint8_
   const int64_t rest = count - whole;
   memcpy(&word, code, size_t(code_bytes(uint64_t(rest), width)));
   for (int64_t i = whole; i < count; ++i, word >>= width) high[i] = dictionary[word & each];
-  return word == 0;
 }
 
-bool decode_rows(const sk_disk& d, const Starts& start, const Starts& codes, uint8_t* values, int threads) {
-  std::atomic<bool> sound{true};
+void decode_rows(const sk_disk& d, const Starts& start, const Starts& codes, uint8_t* values, int threads) {
   auto work = [&](int64_t begin, int64_t end, int) {
     uint8_t high[2048];
     for (int64_t r = begin; r < end; ++r) {
@@ -49,7 +47,7 @@ bool decode_rows(const sk_disk& d, const Starts& start, const Starts& codes, uin
       for (int64_t at = start[size_t(r)]; at < start[size_t(r) + 1]; at += int64_t(sizeof high)) {
         const int64_t left = start[size_t(r) + 1] - at, n = left < int64_t(sizeof high) ? left : int64_t(sizeof high);
         const uint8_t* highs = width == 8 ? code : high;
-        if (width != 8 && !decode_row(code, n, width, dictionary, high)) sound = false;
+        if (width != 8) decode_row(code, n, width, dictionary, high);
         code += code_bytes(uint64_t(n), width);
         const uint8_t* low = bytes_of(d.low) + at;
         uint8_t* out = values + 2 * at;
@@ -61,7 +59,15 @@ bool decode_rows(const sk_disk& d, const Starts& start, const Starts& codes, uin
     }
   };
   for_each(threads, d.rows, 16, work);
-  return sound;
+}
+
+// No bit behind the last code of a row is set.
+bool check_padding(const sk_disk& d, const Starts& start, const Starts& codes) {
+  for (int64_t r = 0; r < d.rows; ++r) {
+    const int64_t bits = (start[size_t(r) + 1] - start[size_t(r)]) * width_of(d, r);
+    if (bits % 8 && bytes_of(d.code)[codes[size_t(r)] + bits / 8] >> (bits % 8)) return false;
+  }
+  return true;
 }
 
 // Where patches stand in the value stream. They ascend, so the mask is walked once.
@@ -90,8 +96,8 @@ class Ranks {
 };
 
 // In range, ascending, on kept weights of rows with a dictionary, whose code is 0 and whose low byte agrees.
-bool apply_patches(const sk_disk& d, const Starts& start, const Starts& codes, uint8_t* values) {
-  const int64_t count = d.patch_row.bytes / 4;
+bool check_patches(const sk_disk& d, const Starts& start, const Starts& codes) {
+  const int64_t count = patch_count(d);
   if (!count || !has(d.patch_row, 4 * count) || !has(d.patch_col, 4 * count) || !has(d.patch_value, 2 * count))
     return false;
   Ranks ranks(d, start);
@@ -108,9 +114,16 @@ bool apply_patches(const sk_disk& d, const Starts& start, const Starts& codes, u
     for (int64_t bit = rank * width; bit < (rank + 1) * width; ++bit)
       if (code[bit / 8] >> (bit % 8) & 1) return false;
     if (bytes_of(d.low)[place] != value[0]) return false;
-    memcpy(values + 2 * place, value, 2);
   }
   return true;
+}
+
+void apply_patches(const sk_disk& d, const Starts& start, uint8_t* values) {
+  Ranks ranks(d, start);
+  for (int64_t i = 0; i < patch_count(d); ++i) {
+    const int64_t row = load<uint32_t>(bytes_of(d.patch_row) + 4 * i), col = load<uint32_t>(bytes_of(d.patch_col) + 4 * i);
+    memcpy(values + 2 * (start[size_t(row)] + ranks.of(row, col)), bytes_of(d.patch_value) + 2 * i, 2);
+  }
 }
 
 bool check_scales(const sk_disk& d) {
@@ -162,13 +175,21 @@ bool read_int4(const sk_disk& d, const Starts& start, int8_t* values, int thread
 
 }  // namespace
 
-bool read_split(const sk_disk& d, const Starts& start, uint8_t* values, int threads) {
+bool prove_split(const sk_disk& d, const Starts& start, Starts& codes) {
   if (!has(d.low, d.nnz) || !check_dictionaries(d)) return false;
-  Starts codes(size_t(d.rows) + 1, 0);
+  codes.assign(size_t(d.rows) + 1, 0);
   for (int64_t r = 0; r < d.rows; ++r)
     codes[size_t(r) + 1] = codes[size_t(r)] + int64_t(code_bytes(uint64_t(start[size_t(r) + 1] - start[size_t(r)]), width_of(d, r)));
-  if (!has(d.code, codes.back()) || !decode_rows(d, start, codes, values, threads)) return false;
-  return d.patch_row.bytes < 0 || apply_patches(d, start, codes, values);
+  if (!has(d.code, codes.back()) || !check_padding(d, start, codes)) return false;
+  return d.patch_row.bytes < 0 || check_patches(d, start, codes);
+}
+
+bool read_split(const sk_disk& d, const Starts& start, uint8_t* values, int threads) {
+  Starts codes;
+  if (!prove_split(d, start, codes)) return false;
+  decode_rows(d, start, codes, values, threads);
+  apply_patches(d, start, values);
+  return true;
 }
 
 bool read_codes(const sk_disk& d, const Starts& start, int8_t* values, int threads) {

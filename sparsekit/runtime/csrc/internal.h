@@ -97,6 +97,16 @@ struct QuantisedKernels {
 };
 
 // Work of one instruction set. `pairs` selects bf16 pair arithmetic (vdpbf16ps) against fp32 arithmetic.
+struct PanelSource {  // 16 rows of a split tensor on disk; rows behind the last are null
+  const uint8_t* mask[16];
+  const uint8_t* low[16];
+  const uint8_t* code[16];
+  int64_t cols;
+  uint32_t width;
+  const Patch* patches;  // on disk their weights are stored like others; here they leave the mask
+  int64_t patch_count;
+};
+
 struct Kernels {
   const char* name;
   bool pairs;
@@ -118,12 +128,15 @@ struct Kernels {
   void (*store)(const float* sums, const void* bias, int64_t count, int32_t dtype, void* y);
   uint64_t (*read)(const uint8_t* data, int64_t bytes);
   const QuantisedKernels* quantised;
+  // Masks, low bytes and codes of a panel in the order of its tiles; null where there is no fast way.
+  void (*repack)(const PanelSource& source, uint64_t* masks, uint8_t* low, uint8_t* code);
 };
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
 extern const QuantisedKernels kQuantisedAvx2, kQuantisedAvx512;
+void repack_avx512(const PanelSource& source, uint64_t* masks, uint8_t* low, uint8_t* code);
 #elif defined(__aarch64__)
 extern const Kernels kNeon;
 #endif

@@ -249,5 +249,5 @@ void dense(const void* weight, int32_t dtype, int64_t cols, int64_t begin, int64
 
 extern const Kernels kNeon;
 const Kernels kNeon = {"neon", false, fusable,       fused,        decode,
-                       micro,  dense, generic_store, generic_read, &kQuantisedPortable};
+                       micro,  dense, generic_store, generic_read, &kQuantisedPortable, nullptr};
 }  // namespace sk

@@ -31,19 +31,6 @@ void layout_bitmap(sk_plan& plan) {
   h.bytes = round_up(h.values_at + h.nnz * element_size(h.dtype) + SK_TAIL, 64);
 }
 
-void layout_split(sk_plan& plan) {
-  Header& h = plan.header;
-  const int64_t panels = ceil_div(h.rows, kPanelRows), tiles = ceil_div(h.cols, 4);
-  const Panel& end = plan.panels[size_t(panels)];
-  h.patches = int64_t(end.patch);
-  h.blocks_at = sizeof(Header);
-  h.masks_at = round_up(h.blocks_at + int64_t(sizeof(Panel)) * (panels + 1), 64);
-  h.values_at = round_up(h.masks_at + panels * tiles * 8, 64);
-  h.codes_at = round_up(h.values_at + int64_t(end.low) + SK_TAIL, 64);
-  h.patches_at = round_up(h.codes_at + int64_t(end.code) + SK_TAIL, 64);
-  h.bytes = round_up(h.patches_at + h.patches * int64_t(sizeof(Patch)) + SK_TAIL, 64);
-}
-
 int create(int layout, const sk_bitmask& s, int threads, sk_plan& plan) {
   plan.source = s;
   if (!check_mask(plan, threads)) return SK_BAD_MASK;
@@ -79,6 +66,19 @@ bool sound(const sk_bitmask& s) {
 }
 
 }  // namespace
+
+void layout_split(sk_plan& plan) {
+  Header& h = plan.header;
+  const int64_t panels = ceil_div(h.rows, kPanelRows), tiles = ceil_div(h.cols, 4);
+  const Panel& end = plan.panels[size_t(panels)];
+  h.patches = int64_t(end.patch);
+  h.blocks_at = sizeof(Header);
+  h.masks_at = round_up(h.blocks_at + int64_t(sizeof(Panel)) * (panels + 1), 64);
+  h.values_at = round_up(h.masks_at + panels * tiles * 8, 64);
+  h.codes_at = round_up(h.values_at + int64_t(end.low) + SK_TAIL, 64);
+  h.patches_at = round_up(h.codes_at + int64_t(end.code) + SK_TAIL, 64);
+  h.bytes = round_up(h.patches_at + h.patches * int64_t(sizeof(Patch)) + SK_TAIL, 64);
+}
 
 int parse(const void* packed, int64_t bytes, View* view) {
   if (!packed || bytes < int64_t(sizeof(Header)) || reinterpret_cast<uintptr_t>(packed) % 8) return SK_BAD_PACKED;
@@ -164,6 +164,8 @@ int sk_plan_pack(const sk_plan* plan, void* out, int64_t out_bytes, int threads)
     sk::pack_chunk(*plan, base, threads);
   else if (plan->header.layout == SK_BLOCK)
     sk::pack_tiles(*plan, base, threads);
+  else if (plan->disk)
+    sk::repack_split(*plan, base, threads);
   else
     sk::pack_split(*plan, base, threads);
   return SK_OK;

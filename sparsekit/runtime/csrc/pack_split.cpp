@@ -79,24 +79,6 @@ inline uint64_t place(uint64_t strip, int t, int i) {
   return (nibble & 3) << (16 * (i / 4) + 2 * (i % 4)) | (nibble >> 2) << (16 * (i / 4) + 8 + 2 * (i % 4));
 }
 
-uint64_t panel_code_bytes(const sk_plan& plan, int64_t p, const Panel& panel, const std::vector<Patch>& patches,
-                          std::vector<uint8_t>& counts) {
-  const sk_bitmask& s = plan.source;
-  const int64_t tiles = ceil_div(s.cols, 4), first = p * kPanelRows;
-  const int rows = int(std::min(kPanelRows, s.rows - first));
-  counts.assign(size_t(round_up(tiles, 16)), 0);
-  for (int64_t strip = 0; strip * 16 < tiles; ++strip)
-    for (int i = 0; i < rows; ++i) {
-      const uint64_t bits = mask_strip(s, first + i, strip);
-      for (int t = 0; t < 16; ++t)
-        counts[size_t(strip * 16 + t)] = uint8_t(counts[size_t(strip * 16 + t)] + __builtin_popcount(bits >> (4 * t) & 15));
-    }
-  for (const Patch& patch : patches) --counts[patch.column / 4];
-  uint64_t total = 0;
-  for (int64_t t = 0; t < tiles; ++t) total += code_bytes(counts[size_t(t)], panel.width);
-  return total;
-}
-
 void pack_panel(const sk_plan& plan, int64_t p, uint64_t* masks, uint8_t* low, uint8_t* code) {
   const sk_bitmask& s = plan.source;
   const Panel& panel = plan.panels[size_t(p)];
@@ -134,33 +116,33 @@ void pack_panel(const sk_plan& plan, int64_t p, uint64_t* masks, uint8_t* low, u
 
 }  // namespace
 
-void plan_split(sk_plan& plan, int threads) {
+// Kept weights of every tile are counted four columns of a row at a time: nibbles of a strip of the mask.
+uint64_t panel_code_bytes(const sk_plan& plan, int64_t p, const Panel& panel, const std::vector<Patch>& patches) {
   const sk_bitmask& s = plan.source;
-  const int64_t panels = ceil_div(s.rows, kPanelRows);
-  plan.panels.assign(size_t(panels) + 1, Panel{});
-  plan.patches.resize(size_t(panels));
-  std::atomic<bool> failed{false};
-  auto measure = [&](int64_t begin, int64_t end, int) {
-    try {
-      std::vector<uint8_t> counts;
-      for (int64_t p = begin; p < end; ++p) {
-        const int64_t last = std::min((p + 1) * kPanelRows, s.rows);
-        const int64_t from = plan.row_start[size_t(p * kPanelRows)], to = plan.row_start[size_t(last)];
-        Panel& panel = plan.panels[size_t(p)];
-        std::vector<Patch>& patches = plan.patches[size_t(p)];
-        uint8_t inverse[256];
-        choose_codes(plan, from, to, panel, inverse);
-        find_patches(plan, p, inverse, patches);
-        panel.low = uint64_t(to - from) - patches.size();  // sizes for now, positions below
-        panel.code = panel_code_bytes(plan, p, panel, patches, counts);
-        panel.patch = patches.size();
-      }
-    } catch (...) {
-      failed = true;
+  const int64_t tiles = ceil_div(s.cols, 4), first = p * kPanelRows;
+  const int rows = int(std::min(kPanelRows, s.rows - first));
+  std::vector<uint8_t> gone(patches.empty() ? 0 : size_t(tiles), 0);
+  for (const Patch& patch : patches) ++gone[patch.column / 4];
+  constexpr uint64_t kOnes = 0x1111111111111111, kLow = 0x0f0f0f0f0f0f0f0f;
+  uint64_t total = 0;
+  for (int64_t strip = 0; strip * 16 < tiles; ++strip) {
+    uint64_t even = 0, odd = 0;  // a byte for each second tile
+    for (int i = 0; i < rows; ++i) {
+      const uint64_t bits = mask_strip(s, first + i, strip);
+      const uint64_t counts = (bits & kOnes) + (bits >> 1 & kOnes) + (bits >> 2 & kOnes) + (bits >> 3 & kOnes);
+      even += counts & kLow;
+      odd += counts >> 4 & kLow;
     }
-  };
-  for_each(threads, panels, 4, measure);
-  if (failed) throw std::bad_alloc();
+    for (int t = 0; t < 16 && strip * 16 + t < tiles; ++t) {
+      uint64_t n = (t & 1 ? odd : even) >> (t / 2 * 8) & 0xff;
+      if (!gone.empty()) n -= gone[size_t(strip * 16 + t)];
+      total += code_bytes(n, panel.width);
+    }
+  }
+  return total;
+}
+
+void place_panels(sk_plan& plan) {
   uint64_t low = 0, code = 0, patch = 0;
   for (Panel& panel : plan.panels) {
     std::swap(panel.low, low);
@@ -172,7 +154,36 @@ void plan_split(sk_plan& plan, int threads) {
   }
 }
 
-void pack_split(const sk_plan& plan, uint8_t* out, int threads) {
+void plan_split(sk_plan& plan, int threads) {
+  const sk_bitmask& s = plan.source;
+  const int64_t panels = ceil_div(s.rows, kPanelRows);
+  plan.panels.assign(size_t(panels) + 1, Panel{});
+  plan.patches.resize(size_t(panels));
+  std::atomic<bool> failed{false};
+  auto measure = [&](int64_t begin, int64_t end, int) {
+    try {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t last = std::min((p + 1) * kPanelRows, s.rows);
+        const int64_t from = plan.row_start[size_t(p * kPanelRows)], to = plan.row_start[size_t(last)];
+        Panel& panel = plan.panels[size_t(p)];
+        std::vector<Patch>& patches = plan.patches[size_t(p)];
+        uint8_t inverse[256];
+        choose_codes(plan, from, to, panel, inverse);
+        find_patches(plan, p, inverse, patches);
+        panel.low = uint64_t(to - from) - patches.size();  // sizes for now, positions below
+        panel.code = panel_code_bytes(plan, p, panel, patches);
+        panel.patch = patches.size();
+      }
+    } catch (...) {
+      failed = true;
+    }
+  };
+  for_each(threads, panels, 4, measure);
+  if (failed) throw std::bad_alloc();
+  place_panels(plan);
+}
+
+void begin_split(const sk_plan& plan, uint8_t* out) {
   const Header& h = plan.header;
   const int64_t panels = ceil_div(h.rows, kPanelRows), tiles = ceil_div(h.cols, 4);
   const int64_t panels_end = h.blocks_at + int64_t(sizeof(Panel)) * (panels + 1);
@@ -185,12 +196,19 @@ void pack_split(const sk_plan& plan, uint8_t* out, int threads) {
   clear(h.codes_at + int64_t(last.code), h.patches_at);
   clear(h.patches_at + h.patches * int64_t(sizeof(Patch)), h.bytes);
   Patch* patches = reinterpret_cast<Patch*>(out + h.patches_at);
+  for (int64_t p = 0; p < panels; ++p)
+    std::copy(plan.patches[size_t(p)].begin(), plan.patches[size_t(p)].end(), patches + plan.panels[size_t(p)].patch);
+}
+
+void pack_split(const sk_plan& plan, uint8_t* out, int threads) {
+  const Header& h = plan.header;
+  const int64_t panels = ceil_div(h.rows, kPanelRows), tiles = ceil_div(h.cols, 4);
+  begin_split(plan, out);
   auto work = [&](int64_t begin, int64_t end, int) {
     for (int64_t p = begin; p < end; ++p) {
       const Panel& panel = plan.panels[size_t(p)];
       pack_panel(plan, p, reinterpret_cast<uint64_t*>(out + h.masks_at) + p * tiles,
                  out + h.values_at + panel.low, out + h.codes_at + panel.code);
-      std::copy(plan.patches[size_t(p)].begin(), plan.patches[size_t(p)].end(), patches + panel.patch);
     }
   };
   for_each(threads, panels, 4, work);

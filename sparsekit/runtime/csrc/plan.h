@@ -11,12 +11,19 @@ struct sk_plan {
   std::vector<uint64_t> block_start;     // bitmap [blocks + 1], in values; int8, int4, block [panels + 1]
   std::vector<sk::Panel> panels;         // split [panels + 1]
   std::vector<std::vector<sk::Patch>> patches;  // split [panels]
+  const sk_disk* disk = nullptr;                // split from a split tensor on disk; then `source` has no values
+  std::vector<int64_t> code_start;              // [rows + 1], with `disk`: each row's first byte of codes
 };
 
 namespace sk {
 void pack_bitmap(const sk_plan& plan, uint8_t* out, int threads);
 void plan_split(sk_plan& plan, int threads);  // may throw std::bad_alloc
+void place_panels(sk_plan& plan);          // sizes of panels to positions
+void layout_split(sk_plan& plan);
+uint64_t panel_code_bytes(const sk_plan& plan, int64_t p, const Panel& panel, const std::vector<Patch>& patches);
+void begin_split(const sk_plan& plan, uint8_t* out);  // all but masks, low bytes and codes
 void pack_split(const sk_plan& plan, uint8_t* out, int threads);
+void repack_split(const sk_plan& plan, uint8_t* out, int threads);
 bool plan_quantised(sk_plan& plan, int threads);  // false: a code or scale out of range
 void pack_quantised(const sk_plan& plan, uint8_t* out, int threads);
 int plan_chunk(sk_plan& plan, int threads);  // SK_BAD_MASK if the mask lacks the structure

@@ -116,6 +116,9 @@ typedef struct sk_disk {
    (int8, int4; an int4 code q is written as the number it stands for). Both are null where the stored part is that
    already. SK_BAD_MASK: something does not hold, and what was written so far means nothing. */
 SK_API int sk_disk_read(const sk_disk* disk, void* mask, void* values, int threads);
+/* Proves a tensor of the form bitmask/split and plans its SK_SPLIT buffer without decoding a value; the tensor must stay
+   alive until sk_plan_free. SK_UNSUPPORTED for other forms and on instruction sets without a fast way. */
+SK_API int sk_plan_from_disk(const sk_disk* disk, int threads, sk_plan** plan);
 /* Values of codes: [nnz] of `dtype` = code x scale of its row and 64 columns, multiplied in fp32. The mask, null for
    all ones, and the f16 scales [rows, ceil(cols / 64)] fit together as sk_disk_read has proven. */
 SK_API int sk_dequantize(const sk_bitmask* codes, const void* scales, void* values, int threads);
