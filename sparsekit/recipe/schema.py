@@ -169,7 +169,7 @@ class SaveSpec(Section):
     """How the checkpoint is written."""
 
     format: Literal["auto", "dense", "bitmask", "nm", "block"] = Field(
-        default="dense", description="layout of pruned weights; auto: per tensor the smallest that loses nothing"
+        default="auto", description="layout of pruned weights; auto: per tensor the smallest that loses nothing"
     )
     values: Literal["auto", "raw", "split", "int8", "int4"] = Field(
         default="auto", description="encoding of kept values; auto never loses a bit, int8 and int4 do"

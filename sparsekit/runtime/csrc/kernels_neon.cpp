@@ -224,25 +224,31 @@ inline float32x4_t widen(const uint8_t* p, int32_t dtype) {
   return dtype == SK_F16 ? vcvt_f32_f16(vreinterpret_f16_u16(half)) : vreinterpretq_f32_u32(vshll_n_u16(half, 16));
 }
 
-void dense(const void* weight, int32_t dtype, int64_t cols, int64_t begin, int64_t end, const Input& x, float* out) {
+float row_product(const uint8_t* row, int32_t dtype, int64_t cols, const float* x) {
   const int64_t size = element_size(dtype);
-  for (int64_t r = begin; r < end; ++r) {
-    const uint8_t* row = static_cast<const uint8_t*>(weight) + r * cols * size;
-    float32x4_t sums[8];
-    for (auto& s : sums) s = vdupq_n_f32(0);
-    int64_t k = 0;
-    for (; k + 32 <= cols; k += 32) {
-      prefetch(row + size * k + kAhead);
+  float32x4_t sums[8];
+  for (auto& s : sums) s = vdupq_n_f32(0);
+  int64_t k = 0;
+  for (; k + 32 <= cols; k += 32) {
+    prefetch(row + size * k + kAhead);
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i)
-        sums[i] = vfmaq_f32(sums[i], widen(row + size * (k + 4 * i), dtype), vld1q_f32(x.floats + k + 4 * i));
-    }
-    for (int n = 4; n; n /= 2)
-      for (int i = 0; i < n; ++i) sums[i] = vaddq_f32(sums[i], sums[i + n]);
-    float sum = vaddvq_f32(sums[0]);
-    for (; k < cols; ++k) sum += to_float(row, dtype, k) * x.floats[k];
-    out[r - begin] = sum;
+    for (int i = 0; i < 8; ++i)
+      sums[i] = vfmaq_f32(sums[i], widen(row + size * (k + 4 * i), dtype), vld1q_f32(x + k + 4 * i));
   }
+  for (int n = 4; n; n /= 2)
+    for (int i = 0; i < n; ++i) sums[i] = vaddq_f32(sums[i], sums[i + n]);
+  float sum = vaddvq_f32(sums[0]);
+  for (; k < cols; ++k) sum += to_float(row, dtype, k) * x[k];
+  return sum;
+}
+
+// A row stays in the cache from one token to the next.
+void dense(const void* weight, int32_t dtype, int64_t cols, int64_t begin, int64_t end, const Input& x,
+           int64_t x_stride, float* out, int64_t ld) {
+  const uint8_t* row = static_cast<const uint8_t*>(weight) + begin * cols * element_size(dtype);
+  for (int64_t r = begin; r < end; ++r, row += cols * element_size(dtype))
+    for (int64_t t = 0; t < x.tokens; ++t)
+      out[t * ld + r - begin] = row_product(row, dtype, cols, x.floats + t * x_stride);
 }
 
 }  // namespace
