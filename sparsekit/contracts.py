@@ -88,34 +88,31 @@ Level = Callable[[Pattern, int], Pruned]
 """`at(pattern, budget)`: the linear at one sparsity level, exactly `budget` weights kept."""
 
 
-class LayerPruner(ABC, Generic[Options]):
-    """Chooses which weights of a linear stay, and may change the ones that do."""
+class Method(ABC, Generic[Options]):
+    """What methods of every room have: options from the recipe, a seed, and statistics of the inputs they read."""
 
     options_type: ClassVar[type[MethodOptions]] = MethodOptions
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Names of the statistics `fit` reads; none means that no calibration data is used."""
-    tokens: ClassVar[TokenNeed | None] = None
-    """Calibration tokens that `fit` must or should have."""
+    """Names of the statistics it reads; none means that no calibration data is used."""
 
     def __init__(self, options: Options, seed: int) -> None:
         self.options = options
         self.seed = seed
+
+
+class LayerPruner(Method[Options]):
+    """Chooses which weights of a linear stay, and may change the ones that do."""
+
+    tokens: ClassVar[TokenNeed | None] = None
+    """Calibration tokens that `fit` must or should have."""
 
     @abstractmethod
     def fit(self, linear: LinearInfo, weight: Tensor, stats: Stats) -> Level:
         """Do the expensive part once for `weight: [out, in]` (float32, read only); return any level cheaply."""
 
 
-class MaskRefiner(ABC, Generic[Options]):
+class MaskRefiner(Method[Options]):
     """Improves a mask at the same number of kept weights."""
-
-    options_type: ClassVar[type[MethodOptions]] = MethodOptions
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Names of the statistics `refine` reads."""
-
-    def __init__(self, options: Options, seed: int) -> None:
-        self.options = options
-        self.seed = seed
 
     def check(self, pattern: Pattern) -> None:
         """Raise PlanError for a pattern that this method cannot refine; asked before anything is read."""
@@ -129,18 +126,11 @@ class MaskRefiner(ABC, Generic[Options]):
         """
 
 
-class WeightUpdate(ABC, Generic[Options]):
+class WeightUpdate(Method[Options]):
     """Moves the kept weights of a given mask so that the linear's outputs change less."""
 
-    options_type: ClassVar[type[MethodOptions]] = MethodOptions
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Names of the statistics `update` reads."""
     tokens: ClassVar[TokenNeed | None] = None
     """Calibration tokens that `update` must or should have."""
-
-    def __init__(self, options: Options, seed: int) -> None:
-        self.options = options
-        self.seed = seed
 
     @abstractmethod
     def update(self, linear: LinearInfo, weight: Tensor, start: Pruned, stats: Stats) -> Pruned:
@@ -186,18 +176,11 @@ class AllocationContext:
     """For the report: quantity -> block, linear or `all` -> value, few enough to read."""
 
 
-class Allocator(ABC, Generic[Options]):
-    """Distributes a budget over linears."""
+class Allocator(Method[Options]):
+    """Distributes a budget over linears; `needs` are what it asks `context.visit` for, beside what the pruner needs."""
 
-    options_type: ClassVar[type[MethodOptions]] = MethodOptions
     looks: ClassVar[bool] = False
     """Whether it looks at the model; a dry run leaves such an allocation out."""
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Names of the statistics it asks `context.visit` for, beside those that the pruner needs."""
-
-    def __init__(self, options: Options, seed: int) -> None:
-        self.options = options
-        self.seed = seed
 
     def probes(self) -> Probes | None:
         """Return what it needs `context.whole` for; None: the model is never in memory as a whole."""

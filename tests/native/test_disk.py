@@ -40,9 +40,9 @@ def test_every_form_decodes_to_the_same_bits(form: tuple[Layout, Encoding], data
 
 
 def verdicts(packed: PackedTensor, tensors: dict[str, torch.Tensor]) -> tuple[SparsekitError | None, ...]:
-    """Return what the validator and the native reader say, each None where it accepts."""
+    """Return what the validator, the native reader and the way into memory say, each None where it accepts."""
     said: list[SparsekitError | None] = []
-    for action in (read, repack.read_source):
+    for action in (read, repack.read_source, repack.repack):
         try:
             action(packed.facts(), tensors, "w")
             said.append(None)
@@ -53,11 +53,15 @@ def verdicts(packed: PackedTensor, tensors: dict[str, torch.Tensor]) -> tuple[Sp
 
 def agreed(packed: PackedTensor, tensors: dict[str, torch.Tensor]) -> bool:
     """Whether a tensor is accepted; both must say the same, in the same words."""
-    validator, reader = verdicts(packed, tensors)
-    assert (type(validator), str(validator)) == (type(reader), str(reader))
+    validator, *others = verdicts(packed, tensors)
+    for other in others:
+        assert (type(validator), str(validator)) == (type(other), str(other))
     if validator is None:
         found = from_entry(packed.facts(), tensors, "w")
-        assert same_bits(repack.dense(packed.facts(), tensors, "w"), unpack(found))
+        dense = unpack(found)
+        assert same_bits(repack.dense(packed.facts(), tensors, "w"), dense)
+        held = native.unpack(repack.repack(packed.facts(), tensors, "w"))
+        assert torch.equal(held.nan_to_num(7), (dense.T if packed.transposed else dense).nan_to_num(7))
     return validator is None
 
 
@@ -147,6 +151,14 @@ def test_nothing_is_read_outside_the_parts(form: tuple[Layout, Encoding], at_end
         except SparsekitError:
             # weight_shape is compared in Python
             assert status != 0 or (seed and sorted(tensors)[seed % len(tensors)] == "weight_shape")
+        plan = ctypes.c_void_p()
+        moved = lib.sk_plan_from_disk(ctypes.byref(disk), 1 + seed % 3, ctypes.byref(plan))
+        fast = form == (Layout.BITMASK, Encoding.SPLIT) and native.isa().startswith("avx512")
+        assert moved == (status if fast else 5)
+        if moved == 0:
+            buffer = Guarded(-(-lib.sk_plan_bytes(plan) // 8) * 8, at_end=at_end)
+            assert lib.sk_plan_pack(plan, buffer.address, lib.sk_plan_bytes(plan), 1 + seed % 3) == 0
+            lib.sk_plan_free(plan)
 
 
 def test_what_the_reader_alone_refuses_is_an_error() -> None:

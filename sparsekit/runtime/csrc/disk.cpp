@@ -65,15 +65,23 @@ bool read_grid(const sk_disk& d, Starts& start, int threads) {
 
 }  // namespace
 
+bool sound(const sk_disk& d) {
+  constexpr int64_t most = int64_t(1) << 31;
+  if (d.rows < 0 || d.cols < 0 || d.nnz < 0 || d.rows >= most || d.cols >= most) return false;
+  if (d.rows && d.cols > (int64_t(1) << 40) / d.rows) return false;
+  return d.dtype >= SK_BF16 && d.dtype <= SK_F32 && d.layout >= SK_DISK_DENSE && d.layout <= SK_DISK_BLOCK &&
+         d.encoding >= SK_ENCODING_RAW && d.encoding <= SK_ENCODING_INT4;
+}
+
 bool read_positions(const sk_disk& d, Starts& start, uint8_t* mask, int threads) {
-  bool sound = true;
+  bool good = true;
   switch (d.layout) {
     case SK_DISK_DENSE: even_starts(d.rows, d.cols, start); break;
-    case SK_DISK_BITMASK: sound = read_bitmask(d, d.rows, d.cols, start, threads); break;
-    case SK_DISK_NM: sound = read_nm(d, start, mask, threads); break;
-    default: sound = read_grid(d, start, threads);
+    case SK_DISK_BITMASK: good = read_bitmask(d, d.rows, d.cols, start, threads); break;
+    case SK_DISK_NM: good = read_nm(d, start, mask, threads); break;
+    default: good = read_grid(d, start, threads);
   }
-  return sound && start.back() == d.nnz;
+  return good && start.back() == d.nnz;
 }
 
 namespace {
@@ -101,14 +109,6 @@ void read_blocks(const sk_disk& d, const Starts& start, uint8_t* mask, uint8_t* 
   for_each(threads, d.rows / high, 1, work);
 }
 
-bool sound(const sk_disk& d) {
-  constexpr int64_t most = int64_t(1) << 31;
-  if (d.rows < 0 || d.cols < 0 || d.nnz < 0 || d.rows >= most || d.cols >= most) return false;
-  if (d.rows && d.cols > (int64_t(1) << 40) / d.rows) return false;
-  return d.dtype >= SK_BF16 && d.dtype <= SK_F32 && d.layout >= SK_DISK_DENSE && d.layout <= SK_DISK_BLOCK &&
-         d.encoding >= SK_ENCODING_RAW && d.encoding <= SK_ENCODING_INT4;
-}
-
 int read(const sk_disk& d, uint8_t* mask, uint8_t* values, int threads) {
   const bool blocks = d.layout == SK_DISK_BLOCK, stored = d.encoding == SK_ENCODING_RAW && !blocks;
   if (blocks && d.encoding != SK_ENCODING_RAW) return SK_UNSUPPORTED;
@@ -117,15 +117,15 @@ int read(const sk_disk& d, uint8_t* mask, uint8_t* values, int threads) {
   if (!stored && !values && d.nnz) return SK_BAD_ARGUMENT;
   Starts start;
   if (!read_positions(d, start, mask, threads)) return SK_BAD_MASK;
-  bool sound = true;
+  bool good = true;
   if (d.encoding == SK_ENCODING_RAW)
-    sound = has(d.values, d.nnz * element_size(d.dtype));
+    good = has(d.values, d.nnz * element_size(d.dtype));
   else if (d.encoding == SK_ENCODING_SPLIT)
-    sound = read_split(d, start, values, threads);
+    good = read_split(d, start, values, threads);
   else
-    sound = read_codes(d, start, reinterpret_cast<int8_t*>(values), threads);
-  if (sound && mask && blocks) read_blocks(d, start, mask, values, threads);
-  return sound ? SK_OK : SK_BAD_MASK;
+    good = read_codes(d, start, reinterpret_cast<int8_t*>(values), threads);
+  if (good && mask && blocks) read_blocks(d, start, mask, values, threads);
+  return good ? SK_OK : SK_BAD_MASK;
 }
 
 }  // namespace

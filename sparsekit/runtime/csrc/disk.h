@@ -9,6 +9,7 @@ namespace sk {
 // Where every row of values begins, [rows + 1]; for whole blocks a row of blocks counts as a row.
 using Starts = std::vector<int64_t>;
 
+bool sound(const sk_disk& d);  // sizes and enums, before any part is looked at
 // These return whether the part holds what it must; they may throw std::bad_alloc.
 // Where rows begin, from the positions; for nm and block also the mask of all weights if `mask` is given.
 bool read_positions(const sk_disk& d, Starts& start, uint8_t* mask, int threads);

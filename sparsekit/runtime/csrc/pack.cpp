@@ -1,6 +1,4 @@
 // Checks a bitmask tensor and lays out its packed buffer.
-#include <new>
-
 #include "mask.h"
 #include "plan.h"
 
@@ -132,20 +130,7 @@ int sk_plan_create(int layout, const sk_bitmask* source, int threads, sk_plan** 
       !sk::is_quantised(layout)) return SK_BAD_ARGUMENT;
   if (sk::is_quantised(layout) != (source->dtype == SK_I8)) return SK_UNSUPPORTED;
   if ((layout == SK_SPLIT || layout == SK_CHUNK) && source->dtype != SK_BF16) return SK_UNSUPPORTED;
-  *plan = nullptr;
-  sk_plan* made = new (std::nothrow) sk_plan;
-  if (!made) return SK_NO_MEMORY;
-  int status;
-  try {
-    status = sk::create(layout, *source, threads, *made);
-  } catch (...) {
-    status = SK_NO_MEMORY;
-  }
-  if (status == SK_OK)
-    *plan = made;
-  else
-    delete made;
-  return status;
+  return sk::make_plan(plan, [&](sk_plan& made) { return sk::create(layout, *source, threads, made); });
 }
 
 int64_t sk_plan_bytes(const sk_plan* plan) { return plan ? plan->header.bytes : 0; }

@@ -1,5 +1,6 @@
 // Packing in two steps: the plan measures (sizes, dictionaries, patches), then the writers fill one buffer.
 #pragma once
+#include <memory>
 #include <vector>
 
 #include "internal.h"
@@ -16,6 +17,20 @@ struct sk_plan {
 };
 
 namespace sk {
+// Makes a plan with `fill(plan)`, which returns a status and may throw; none is left behind unless it is SK_OK.
+template <class F>
+int make_plan(sk_plan** plan, F fill) {
+  *plan = nullptr;
+  try {
+    std::unique_ptr<sk_plan> made(new sk_plan);
+    const int status = fill(*made);
+    if (status == SK_OK) *plan = made.release();
+    return status;
+  } catch (...) {
+    return SK_NO_MEMORY;
+  }
+}
+
 void pack_bitmap(const sk_plan& plan, uint8_t* out, int threads);
 void plan_split(sk_plan& plan, int threads);  // may throw std::bad_alloc
 void place_panels(sk_plan& plan);          // sizes of panels to positions

@@ -1,7 +1,5 @@
 // A split tensor on disk to the layout split in memory. Both have a dictionary and a code width for every 16 rows, so no
 // value is decoded: low bytes and codes move from the order of rows to the order of tiles.
-#include <new>
-
 #include "disk.h"
 #include "plan.h"
 
@@ -88,23 +86,9 @@ void repack_split(const sk_plan& plan, uint8_t* out, int threads) {
 }  // namespace sk
 
 extern "C" int sk_plan_from_disk(const sk_disk* disk, int threads, sk_plan** plan) {
-  if (!disk || !plan || disk->rows < 0 || disk->cols < 0 || disk->nnz < 0) return SK_BAD_ARGUMENT;
-  if (disk->rows && disk->cols > (int64_t(1) << 40) / disk->rows) return SK_BAD_ARGUMENT;
+  if (!disk || !plan || !sk::sound(*disk)) return SK_BAD_ARGUMENT;
   if (disk->layout != SK_DISK_BITMASK || disk->encoding != SK_ENCODING_SPLIT || disk->dtype != SK_BF16)
     return SK_UNSUPPORTED;
   if (!sk::kernels().repack) return SK_UNSUPPORTED;
-  *plan = nullptr;
-  sk_plan* made = new (std::nothrow) sk_plan;
-  if (!made) return SK_NO_MEMORY;
-  int status;
-  try {
-    status = sk::create(*disk, threads, *made);
-  } catch (...) {
-    status = SK_NO_MEMORY;
-  }
-  if (status == SK_OK)
-    *plan = made;
-  else
-    delete made;
-  return status;
+  return sk::make_plan(plan, [&](sk_plan& made) { return sk::create(*disk, threads, made); });
 }
