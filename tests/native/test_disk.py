@@ -13,7 +13,7 @@ from sparsekit.errors import KernelError, SparsekitError
 from sparsekit.pack import Encoding, Layout, PackedTensor, pack, read, unpack
 from sparsekit.pack.tensor import from_entry, validate
 from sparsekit.pattern import NM, Block, Pattern, Unstructured
-from sparsekit.runtime import native, repack
+from sparsekit.runtime import native, ops, repack
 from tests.native.test_memory import Guarded
 from tests.pack.support import FORMS, cases, random_bits, random_mask
 from tests.pack.test_validate import FAULTS, Change, content, sample
@@ -222,3 +222,44 @@ def test_patterns_with_odd_sizes(pattern: Pattern) -> None:
     source = repack.read_source(packed.facts(), packed.tensors, "w")
     assert source.mask is not None
     assert torch.equal(source.values, weight[keep]) or same_bits(source.values, weight[keep])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("shape", "density", "outliers"),
+    [
+        ((16, 64), 0.5, 0.0),
+        ((33, 1), 0.5, 0.0),
+        ((50, 333), 0.9, 0.01),
+        ((5, 4096), 0.6, 0.2),
+        ((640, 576), 0.5, 2e-4),
+        ((64, 1030), 0.3, 0.5),
+        ((48, 200), 1.0, 0.0),
+        ((17, 700), 0.0, 0.0),
+    ],
+)
+def test_split_tensors_of_many_strips_move_into_memory_exactly(
+    shape: tuple[int, int], density: float, outliers: float, threads: int
+) -> None:
+    """Wide tensors of all code widths, with and without patches: the fast way equals the way through values."""
+    generator = torch.Generator().manual_seed(shape[1])
+    weight = torch.randn(shape, generator=generator) * 0.02
+    wild = torch.rand(shape, generator=generator) < outliers
+    weight = torch.where(wild, weight * torch.exp2(40 * torch.randn(shape, generator=generator)), weight).bfloat16()
+    keep = torch.rand(shape, generator=generator) < density
+    weight = torch.where(keep, weight, torch.zeros_like(weight))
+    packed = pack(weight, keep, Layout.BITMASK, Encoding.SPLIT)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        made = native.pack_split(repack._disk(packed, native.DType.BF16), "w", threads)
+        if not native.isa().startswith("avx512"):
+            assert made is None
+            return
+        assert made is not None
+        assert same_bits(native.unpack(made), weight)
+        slow = native.pack(packed.tensors["weight_bitmask"], weight[keep], shape, native.MemoryLayout.SPLIT)
+        x = torch.randn(3, shape[1], generator=generator)
+        assert torch.equal(ops.linear(x, made, None, shape[0]), ops.linear(x, slow, None, shape[0]))
+    finally:
+        torch.set_num_threads(before)
