@@ -55,7 +55,7 @@ class Pruned:
 
 
 class Stat(ABC):
-    """A streaming statistic of one linear's input. Float32 in, float64 sums, independent of the batch split."""
+    """A streaming statistic of one linear's input. Sums are float64, independent of the batch split."""
 
     def __init__(self, in_features: int) -> None:
         self.in_features = in_features
@@ -63,7 +63,7 @@ class Stat(ABC):
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
-        """Add a batch of inputs `x: [tokens, in]`, float32."""
+        """Add a batch of inputs `x: [tokens, in]`, in the dtype the model computes in."""
 
     @abstractmethod
     def merge(self, other: Stat, scale: float = 1.0) -> None:

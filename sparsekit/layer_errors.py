@@ -32,7 +32,7 @@ def layer_errors(dense: Tensor, stored: Tensor, stats: Stats) -> dict[str, float
     gram, sumsq = stats.get("gram"), stats.get("sumsq")
     metric: Tensor | None = None
     if isinstance(gram, Gram):
-        metric = gram.matrix.to(torch.float32)
+        metric = gram.metric
     elif isinstance(sumsq, SumSq):
         metric = sumsq.norm().square_()
     sums = dict.fromkeys(("dw", "w", "dy", "y"), 0.0)
@@ -59,7 +59,7 @@ def output_error(dense: Tensor, gram: Gram) -> Callable[[Tensor], float]:
 
     For many levels of one linear: what they share is computed once.
     """
-    metric = gram.matrix.to(torch.float32)
+    metric = gram.metric
     parts = torch.split(dense, max(1, _ELEMENTS // dense.shape[1]))
     whole = sum(_energy(part, metric) for part in parts)
 

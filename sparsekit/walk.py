@@ -202,7 +202,7 @@ class _Collector:
             _refuse_nonfinite(rows, name, sample.number)
             with sample.turns.turn(name, sample.number):
                 for stat in self._own(name).values():
-                    stat.update(rows.to(torch.float32))
+                    stat.update(rows)
         sample.seen.add(name)
         if len(sample.seen) == len(self._linears) and not sample.whole:
             raise _SeenAll

@@ -62,6 +62,7 @@ def units(machine: str) -> list[Unit]:
             Unit("quantised_avx2", ("-march=x86-64", *_AVX2)),
             Unit("quantised_avx512", ("-march=x86-64", *_AVX512)),
             Unit("repack_avx512", ("-march=x86-64", *_AVX512)),
+            Unit("gram_avx512bf16", ("-march=x86-64", *_AVX512, "-mavx512bf16")),
             Unit("kernels_avx2", ("-march=x86-64", *_AVX2)),
             Unit("kernels_avx512", ("-march=x86-64", *_AVX512)),
             Unit("kernels_avx512", ("-march=x86-64", *_AVX512, "-mavx512bf16", "-DSK_WITH_BF16"), "_bf16"),

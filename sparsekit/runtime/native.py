@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sparsekit.pattern import Pattern
 
 LIBRARY = Path(__file__).parent / "_lib" / "libsparsekit_kernels.so"
-ABI_VERSION = 2
+ABI_VERSION = 3
 _HUGE = 2 << 20
 
 
@@ -144,6 +144,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "sk_linear": (c_int, (POINTER(Call),)),
     "sk_linear_group": (c_int, (POINTER(Call), c_int)),
     "sk_dense": (c_int, (POINTER(Call), c_void_p, c_int64, c_int64, c_int32)),
+    "sk_gram": (c_int, (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int)),
     "sk_read": (c_uint64, (c_void_p, c_int64, c_int)),
     "sk_torch_symbol": (c_char_p, (c_int,)),
     "sk_torch_register": (c_int, (POINTER(c_void_p), c_int, POINTER(c_int32), c_uint64)),
@@ -520,6 +521,26 @@ def best_layout(dtype: torch.dtype, density: float, pattern: Pattern | None = No
         return MemoryLayout.CHUNK
     split = dtype == torch.bfloat16 and density >= 0.2 and isa().startswith("avx512")
     return MemoryLayout.SPLIT if split else MemoryLayout.BITMAP
+
+
+def add_gram(sums: Tensor, x: Tensor) -> bool:
+    """Add X^T X of the inputs `x: [tokens, cols]` to `sums: [cols, cols]` float64, on and above the diagonal.
+
+    What stands below the diagonal has no meaning afterwards. Products are exact, sums of up to 512 tokens are float32.
+
+    Returns:
+        False if nothing was done: inputs of another dtype than bf16, no kernels, or a processor that multiplies bf16 no
+        faster than floats.
+    """
+    if x.dtype != torch.bfloat16 or not available():
+        return False
+    rows = x.contiguous()
+    tokens, cols = rows.shape
+    status = library().sk_gram(rows.data_ptr(), tokens, cols, cols, sums.data_ptr(), torch.get_num_threads())
+    if status == _UNSUPPORTED:
+        return False
+    check(status, "gram")
+    return True
 
 
 def info(packed: Tensor) -> PackedInfo:

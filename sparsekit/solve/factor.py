@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _STEP = 3.0
 _MOST = 0.3
+_LEAF = 64
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,24 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
                 hint="Use more or other calibration text.",
             )
         share = tripled
-    root = lower.flip(0, 1)
-    upper = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+    upper = invert_upper(lower.flip(0, 1))
     notes = () if share == damping else (f"damping raised from {damping:g} to {share:g} for a Cholesky factor",)
     return InverseFactor(upper, gram.diagonal() == 0, share, notes)
+
+
+def invert_upper(matrix: Tensor) -> Tensor:
+    """Return the inverse of an upper triangular matrix [n, n].
+
+    By halves, [[A, B], [0, D]]^-1 = [[A^-1, -A^-1 B D^-1], [0, D^-1]]: a third of the work of solving against a unit
+    matrix, nearly all of it matrix products.
+    """
+    if len(matrix) <= _LEAF:
+        unit = torch.eye(len(matrix), dtype=matrix.dtype)
+        inverse: Tensor = torch.linalg.solve_triangular(matrix, unit, upper=True)
+        return inverse
+    half = len(matrix) // 2
+    inverse = torch.zeros_like(matrix)
+    inverse[:half, :half] = invert_upper(matrix[:half, :half])
+    inverse[half:, half:] = invert_upper(matrix[half:, half:])
+    inverse[:half, half:] = -(inverse[:half, :half] @ matrix[:half, half:]) @ inverse[half:, half:]
+    return inverse

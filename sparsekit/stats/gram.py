@@ -5,7 +5,8 @@ What it does: accumulates G = sum_t x_t x_t^T over all calibration tokens; the s
 Source: Hassibi & Stork 1992, "Second order derivatives for network pruning" (literature); as the Hessian of layer-wise
     pruning in Frantar & Alistarh 2023, "SparseGPT", arXiv 2301.00774, section 3.
 Shapes: x [tokens, in] -> G [in, in] float64.
-Cost: tokens x in^2 multiplications (the upper half of blocks only); in^2 x 8 bytes, and x 4 while a sample is added.
+Cost: tokens x in^2 multiplications (the upper half only), native ones for bf16 inputs where the processor has them;
+    in^2 x 8 bytes, and x 4 while a sample of another dtype is added.
 Deviations: the sum over tokens, not 2 / samples of it: every method that uses it scales it itself.
 Numbers: equals a direct float64 computation to 1e-6 (tests/unit/test_gram.py).
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sparsekit.contracts import Stat
 from sparsekit.lazy import torch
+from sparsekit.runtime import native
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,12 +41,14 @@ class Gram(Stat):
     def update(self, x: Tensor) -> None:
         """Add `x: [tokens, in]`."""
         self._results.clear()
+        self.tokens += x.shape[0]
+        if native.add_gram(self._upper, x):
+            return
         for first in range(0, x.shape[0], _ROWS):
-            rows = x[first : first + _ROWS]
+            rows = x[first : first + _ROWS].to(torch.float32)
             for start in range(0, self.in_features, _COLUMNS):
                 end = min(start + _COLUMNS, self.in_features)
                 self._upper[start:end, start:] += rows[:, start:end].T @ rows[:, start:]
-        self.tokens += x.shape[0]
 
     def merge(self, other: Stat, scale: float = 1.0) -> None:
         """Add `scale` times what `other` has seen."""
@@ -56,8 +60,15 @@ class Gram(Stat):
     @property
     def matrix(self) -> Tensor:
         """G, [in, in] float64, symmetric; a copy."""
-        upper = self._upper.triu()
-        return upper + upper.triu(1).T
+        return _mirrored(self._upper)
+
+    @property
+    def metric(self) -> Tensor:
+        """G, [in, in] float32, symmetric, kept until more is seen; nobody may change it."""
+        if "metric" not in self._results:
+            self._results["metric"] = _mirrored(self._upper.to(torch.float32))
+        metric: Tensor = self._results["metric"]
+        return metric
 
     def once(self, make: Callable[Concatenate[Tensor, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return `make(matrix, ...)`, computed once: q, k and v share a statistic, gate and up, and so its factors.
@@ -74,3 +85,9 @@ class Gram(Stat):
     def nbytes(cls, in_features: int) -> int:
         """Return the bytes of the sums."""
         return 8 * in_features**2
+
+
+def _mirrored(matrix: Tensor) -> Tensor:
+    """Return the symmetric matrix that has the same part on and above the diagonal."""
+    upper = matrix.triu()
+    return upper + upper.triu(1).T

@@ -130,6 +130,9 @@ struct Kernels {
   const QuantisedKernels* quantised;
   // Masks, low bytes and codes of a panel in the order of its tiles; null where there is no fast way.
   void (*repack)(const PanelSource& source, uint64_t* masks, uint8_t* low, uint8_t* code);
+  // sums [cols, cols], on and above the diagonal, += X^T X of bf16 inputs [tokens, cols]; what it writes below means
+  // nothing. False if memory runs out; null where floats are no slower.
+  bool (*gram)(const uint16_t* x, int64_t tokens, int64_t stride, int64_t cols, double* sums, int threads);
 };
 
 extern const Kernels kPortable;
@@ -137,6 +140,7 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
 extern const QuantisedKernels kQuantisedAvx2, kQuantisedAvx512;
 void repack_avx512(const PanelSource& source, uint64_t* masks, uint8_t* low, uint8_t* code);
+bool gram_avx512bf16(const uint16_t* x, int64_t tokens, int64_t stride, int64_t cols, double* sums, int threads);
 #elif defined(__aarch64__)
 extern const Kernels kNeon;
 #endif

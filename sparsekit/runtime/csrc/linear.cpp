@@ -297,6 +297,13 @@ int sk_dense(const sk_call* call, const void* weight, int64_t rows, int64_t cols
   return SK_OK;
 }
 
+int sk_gram(const void* x, int64_t tokens, int64_t stride, int64_t cols, double* sums, int threads) {
+  if (tokens < 0 || cols < 0 || stride < cols || ((!x || !sums) && tokens > 0 && cols > 0)) return SK_BAD_ARGUMENT;
+  const sk::Kernels& k = sk::kernels();
+  if (!k.gram) return SK_UNSUPPORTED;
+  return k.gram(static_cast<const uint16_t*>(x), tokens, stride, cols, sums, threads) ? SK_OK : SK_NO_MEMORY;
+}
+
 uint64_t sk_read(const void* data, int64_t bytes, int threads) {
   std::atomic<uint64_t> sum{0};
   const sk::Kernels& k = sk::kernels();

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define SK_ABI_VERSION 2
+#define SK_ABI_VERSION 3
 #define SK_TAIL 64 /* zero bytes behind every stream of a packed buffer; kernels may read them */
 
 enum sk_status {
@@ -135,6 +135,10 @@ SK_API int sk_linear(const sk_call* call);
 SK_API int sk_linear_group(const sk_call* calls, int count);
 /* The same with a plain row-major weight [rows, cols] of `w_dtype`: the streaming dense kernel. */
 SK_API int sk_dense(const sk_call* call, const void* weight, int64_t rows, int64_t cols, int32_t w_dtype);
+/* sums [cols, cols] float64 += X^T X of bf16 inputs x [tokens, cols], on and above the diagonal; below it nothing has a
+   meaning. Products are exact; sums of up to 512 tokens are float32. SK_UNSUPPORTED where no instruction set in use
+   multiplies bf16 faster than floats. */
+SK_API int sk_gram(const void* x, int64_t tokens, int64_t stride, int64_t cols, double* sums, int threads);
 /* Reads `bytes` bytes and returns a checksum: the memory bandwidth a kernel can hope for. */
 SK_API uint64_t sk_read(const void* data, int64_t bytes, int threads);
 
