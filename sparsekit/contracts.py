@@ -11,11 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from sparsekit.pattern import Pattern
+from sparsekit.pattern import NM, Pattern
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +69,10 @@ class Stat(ABC):
     def merge(self, other: Stat, scale: float = 1.0) -> None:
         """Add `scale` times what `other`, a statistic of the same kind, has seen."""
 
+    @abstractmethod
+    def reordered(self, order: Tensor) -> Self:
+        """Return what it would be had every input `x` been `x[:, order]`; `order: [in]` is a permutation."""
+
     @classmethod
     def nbytes(cls, in_features: int) -> int:
         """Return about how much memory one statistic takes."""
@@ -109,6 +113,27 @@ class LayerPruner(Method[Options]):
     @abstractmethod
     def fit(self, linear: LinearInfo, weight: Tensor, stats: Stats) -> Level:
         """Do the expensive part once for `weight: [out, in]` (float32, read only); return any level cheaply."""
+
+    @property
+    def permutes(self) -> bool:
+        """Whether it reorders inputs; needs an N:M pattern and a family whose roles are known."""
+        return False
+
+    def order(self, linear: LinearInfo, weight: Tensor, pattern: NM, sets: Tensor, stats: Stats) -> Tensor:
+        """Return the order in which the inputs of a linear suit the pattern best: [in] int64, old input per place.
+
+        Asked of a pruner that `permutes`, for linears whose inputs other linears of the block make, before anything
+        of the block is pruned. The dense block is then reordered, with what makes the inputs, and the statistics too:
+        what follows need not know.
+
+        Args:
+            linear: The linear.
+            weight: [out, in] float32, dense, read only.
+            pattern: The stage's.
+            sets: [sets, copies, size], all inputs: they change places inside their set only, in all copies alike.
+            stats: Statistics of the inputs as they stand.
+        """
+        raise NotImplementedError
 
 
 class MaskRefiner(Method[Options]):

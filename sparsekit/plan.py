@@ -20,6 +20,7 @@ from sparsekit.errors import LowCoverage, OutOfMemory, PlanError, TooFewTokens
 from sparsekit.lazy import torch
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.pattern import NM, Pattern, parse_pattern
+from sparsekit.permutation import check_permutation
 from sparsekit.recipe.schema import PruneStage
 from sparsekit.selection import fixed_counts, matches
 from sparsekit.units import bytes_text
@@ -42,6 +43,7 @@ class StagePlan:
         pruner, allocator: The methods, with their options.
         refiner, update: What improves the pruner's masks and then moves the kept weights; None for neither.
         fixed: Kept weights of the targets whose sparsity the recipe overrides.
+        notes: What the user should know before it runs.
     """
 
     stage: PruneStage
@@ -55,6 +57,7 @@ class StagePlan:
     refiner: MaskRefiner[Any] | None = None
     update: WeightUpdate[Any] | None = None
     fixed: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def free(self) -> tuple[LinearInfo, ...]:
@@ -82,8 +85,9 @@ def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) ->
     """Resolve a stage against a model; `where` names the stage in errors, such as `stages.0`.
 
     Raises:
-        PlanError: A target, ignore or overrides entry matches nothing, the pattern does not fit a width, or the
-            overrides and the allocator cannot make up the budget.
+        PlanError: A target, ignore or overrides entry matches nothing, the pattern does not fit a width or a
+            permutation, or the overrides and the allocator cannot make up the budget.
+        UnsupportedFamily: The pruner permutes and the architecture's roles are not known.
         LowCoverage: The targets cover less than the stage's min_coverage.
     """
     linears = [linear.info for index in range(model.blocks) for linear in model.stack.linears(index)]
@@ -120,6 +124,8 @@ def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) ->
             hint="Leave allocate out, or use pattern: unstructured.",
         )
     budget = budgets.total(targets, pattern, stage.sparsity)
+    pruner: LayerPruner[Any] = registry.load("pruners", stage.method)(stage.method_options(), seed)
+    notes = check_permutation(model, targets, pattern, where=where) if pruner.permutes else []
     return StagePlan(
         stage=stage,
         pattern=pattern,
@@ -127,11 +133,12 @@ def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) ->
         ignored=tuple(name for name in names if name not in {linear.name for linear in targets}),
         coverage=covered / total,
         budget=budget,
-        pruner=registry.load("pruners", stage.method)(stage.method_options(), seed),
+        pruner=pruner,
         allocator=_part(stage, "allocate", seed),
         refiner=refiner,
         update=_part(stage, "update", seed),
         fixed=fixed_counts(stage.overrides, targets, pattern, budget, f"{where}.overrides"),
+        notes=tuple(notes),
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsekit.errors import PlanError
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.source import ModelSource
+from sparsekit.pattern import Block
 from sparsekit.plan import Cost, StagePlan, check_probes, check_tokens, estimate, plan_stage
 from sparsekit.recipe.schema import Recipe
 
@@ -37,6 +39,7 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
         plan_stage(model, stage, recipe.calibration.seed, where=f"stages.{position}")
         for position, stage in enumerate(recipe.stages)
     )
+    _refuse_broken_blocks(plans)
     spec = recipe.calibration
     length = spec.sequence_length or min(2048, source.max_length)
     if length > source.max_length:
@@ -50,9 +53,25 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
     notes = tuple(
         note
         for position, plan in enumerate(plans)
-        for note in check_tokens(plan, samples * length, where=f"stages.{position}")
+        for note in (*plan.notes, *check_tokens(plan, samples * length, where=f"stages.{position}"))
     )
     return Prepared(recipe, source, model, plans, estimate(model, plans, samples, length), notes)
+
+
+def _refuse_broken_blocks(plans: Sequence[StagePlan]) -> None:
+    """A stage that reorders outputs would tear blocks of several outputs that a stage before it has made.
+
+    Raises:
+        PlanError: naming both stages.
+    """
+    for later, plan in enumerate(plans):
+        for earlier, before in enumerate(plans[:later]):
+            if plan.pruner.permutes and isinstance(before.pattern, Block) and before.pattern.rows > 1:
+                raise PlanError(
+                    f"its permutation of channels would break the {before.pattern} blocks of stages.{earlier}",
+                    where=f"stages.{later}",
+                    hint="Swap the stages, or leave permute out.",
+                )
 
 
 def default_out(recipe: Recipe, source: ModelSource) -> Path:

@@ -26,7 +26,8 @@ from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.linears import Linear
 from sparsekit.models.raw import read_raw, to_raw, torch_dtype
 from sparsekit.pack import Encoding, Layout, choose, files
-from sparsekit.pattern import parse_pattern
+from sparsekit.pattern import NM, parse_pattern
+from sparsekit.permutation import Reordered, permute_block
 from sparsekit.plan import StagePlan
 from sparsekit.progress import Reporter
 from sparsekit.walk import Visit, walk
@@ -129,20 +130,25 @@ def _prune_block(
     """Prune the targets of one block in place; return facts for the journal, the changed tensors and their masks."""
     targets = [linear for linear in visit.linears if linear.name in budgets]
     stats = visit.collect(targets, plan.needs) if targets else {}
+    order = Reordered(stats, {}, set())
+    if plan.pruner.permutes and isinstance(plan.pattern, NM):
+        order = permute_block(model, visit.index, plan.pruner, plan.pattern, stats)
     linears: dict[str, dict[str, Any]] = {}
     keeps: dict[str, Tensor] = {}
     for linear in targets:
         start = time.perf_counter()
-        keep, facts, notes = _prune_linear(linear, plan, budgets[linear.name], stats[linear.name])
+        keep, facts, notes = _prune_linear(linear, plan, budgets[linear.name], order.stats[linear.name])
         visit.notes.extend(f"{linear.name}: {note}" for note in notes)
-        _note_mask(keeps, linear, keep, model.stack.prefix(visit.index))
+        _note_mask(keeps, linear, keep)
         release_freed()  # each linear leaves holes of its own size, and its copies are the peak of the run
         facts["seconds"] = round(time.perf_counter() - start, 4)
+        if linear.name in order.moved:
+            facts["inputs_moved"] = order.moved[linear.name]
         linears[linear.name] = facts
     state = model.module.state_dict()
-    changed = model.to_checkpoint({name: state[name] for name in keeps})
+    changed = model.to_checkpoint({name: state[name] for name in keeps.keys() | order.parameters})
     stored_masks = model.to_checkpoint(keeps)
-    turned = {_parameter(linear) for linear in targets if linear.transposed}
+    turned = {linear.parameter_name for linear in targets if linear.transposed}
     transposed = model.to_checkpoint({name: keeps[name] for name in turned}).keys()
     tensors = {
         name: {
@@ -185,17 +191,9 @@ def _prune_linear(
     return pruned.keep, facts, notes
 
 
-def _parameter(linear: Linear) -> str:
-    """Return the model's name of the parameter that holds a linear."""
-    path = linear.name
-    if linear.expert is not None:
-        path = path.rsplit(".", 2)[0]
-    return f"{path}.{linear.parameter}"
-
-
-def _note_mask(keeps: dict[str, Tensor], linear: Linear, keep: Tensor, prefix: str) -> None:
+def _note_mask(keeps: dict[str, Tensor], linear: Linear, keep: Tensor) -> None:
     """Enter a linear's mask into the mask of the parameter that stores it."""
-    name = _parameter(linear)
+    name = linear.parameter_name
     stored = linear.module.get_parameter(linear.parameter)
     if linear.expert is None:
         keeps[name] = keep.T if linear.transposed else keep

@@ -41,6 +41,12 @@ class Linear:
         """Dotted name of the linear."""
         return self.info.name
 
+    @property
+    def parameter_name(self) -> str:
+        """The model's name of the parameter that holds the weight."""
+        path = self.name if self.expert is None else self.name.rsplit(".", 2)[0]
+        return f"{path}.{self.parameter}"
+
     def weight(self) -> Tensor:
         """Return the stored weight as a view [out, in]."""
         stored = self.module.get_parameter(self.parameter).data
@@ -58,6 +64,27 @@ class Linear:
         else:
             parameter.data[self.expert].copy_(stored)
         return value
+
+    def bias(self) -> Tensor | None:
+        """Return the stored bias as a view [out], None without one."""
+        stored = getattr(self.module, self._bias, None)
+        if stored is None:
+            return None
+        whole: Tensor = stored.data
+        return whole if self.expert is None else whole[self.expert]
+
+    def replace_bias(self, bias: Tensor) -> str:
+        """Store `bias: [out]` in place of the one that is there; return the model's name of its parameter."""
+        parameter = self.module.get_parameter(self._bias)
+        if self.expert is None:
+            parameter.data = bias
+        else:
+            parameter.data[self.expert].copy_(bias)
+        return f"{self.parameter_name.removesuffix(self.parameter)}{self._bias}"
+
+    @property
+    def _bias(self) -> str:
+        return "bias" if self.expert is None else f"{self.parameter}_bias"
 
 
 Tap = Callable[[str, "Tensor"], None]

@@ -4,11 +4,12 @@ What it does: score_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_:
     share of what its input channel sends and of what its output receives, so that no channel is emptied.
 Source: Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
     ICLR 2024 (literature), eq. 2 and 4.
+    `permute: true`: channels are first put in the order in which N:M keeps most of that score (solve/permute.py).
 Shapes: weight [out, in], sumsq norm [in] -> keep [out, in].
-Cost: as Wanda's.
-Deviations: exact counts. The paper's channel permutation for N:M is refused: a group of M permuted channels is no N:M
-    group as stored, unless the layer before is permuted too. The published speed path leaves the activations as they
-    are, which is wrong.
+Cost: as Wanda's; the order: some 10 assignments of in/M channels, each after out x (in/M)^2 differences.
+Deviations: exact counts. Reordered are only inputs that other linears of the block make, for those are reordered with
+    them (o_proj inside a head, down_proj); inputs from the residual stream stay. The published speed path reorders
+    every linear and leaves the activations as they are, which is wrong.
 Numbers: 50 % on Llama-3-8B 9.34 (dense 6.14; Wanda 10.82), 2:4 23.08 (Wanda 24.18); SmolLM2-135M see docs/results.md.
 """
 
@@ -16,10 +17,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from sparsekit.contracts import LayerPruner, Level, LinearInfo, MethodOptions, Stats
 from sparsekit.masks import Group, ranked
+from sparsekit.pattern import NM
+from sparsekit.solve.permute import best_order
 from sparsekit.stats.sumsq import SumSq
 
 if TYPE_CHECKING:
@@ -33,14 +36,10 @@ class RIAOptions(MethodOptions):
 
     power: float = Field(default=0.5, ge=0, le=4, description="of the input norm; 0: relative importance alone")
     group: Group = "linear"
-    permute: bool = Field(default=False, description="channel permutation for N:M; true is refused, see the text")
-
-    @field_validator("permute")
-    @classmethod
-    def _refuse(cls, permute: bool) -> bool:
-        if permute:
-            raise ValueError("needs the layer before permuted too, which is not implemented; leave it out")
-        return permute
+    permute: bool = Field(default=False, description="reorder channels so that an N:M pattern keeps more of the score")
+    parts: int = Field(
+        default=1, ge=1, le=64, description="with `permute`: channels assigned in so many parts, in less time"
+    )
 
 
 class RIA(LayerPruner[RIAOptions]):
@@ -51,8 +50,20 @@ class RIA(LayerPruner[RIAOptions]):
 
     def fit(self, linear: LinearInfo, weight: Tensor, stats: Stats) -> Level:
         """Score every weight by its shares of its column and row, times the norm of its input channel to the power."""
+        return ranked(weight, self._score(weight, stats), self.options.group)
+
+    @property
+    def permutes(self) -> bool:
+        """As the option says."""
+        return self.options.permute
+
+    def order(self, linear: LinearInfo, weight: Tensor, pattern: NM, sets: Tensor, stats: Stats) -> Tensor:
+        """Return the order of inputs in which the pattern keeps most of the score."""
+        return best_order(self._score(weight, stats), pattern, sets, parts=self.options.parts)
+
+    def _score(self, weight: Tensor, stats: Stats) -> Tensor:
         sumsq = stats["sumsq"]
         assert isinstance(sumsq, SumSq)  # noqa: S101  (the walker delivers what `needs` names)
         size = weight.abs()
         shares = size / size.sum(dim=0).clamp_min(_TINY) + size / size.sum(dim=1, keepdim=True).clamp_min(_TINY)
-        return ranked(weight, shares.mul_(sumsq.norm().pow_(self.options.power)), self.options.group)  # eq. 4
+        return shares.mul_(sumsq.norm().pow_(self.options.power))  # eq. 4

@@ -57,6 +57,12 @@ class Gram(Stat):
         self._upper.add_(other._upper, alpha=scale)
         self.tokens += round(scale * other.tokens)
 
+    def reordered(self, order: Tensor) -> Gram:
+        """Return the statistic of `x[:, order]`."""
+        other = Gram(self.in_features)
+        other._upper, other.tokens = self.matrix[order][:, order], self.tokens
+        return other
+
     @property
     def matrix(self) -> Tensor:
         """G, [in, in] float64, symmetric; a copy."""

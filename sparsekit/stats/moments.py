@@ -45,6 +45,12 @@ class Moments(Stat):
         self._add(other.mean, other._deviations * scale, scale * other.tokens)
         self.tokens += round(scale * other.tokens)
 
+    def reordered(self, order: Tensor) -> Moments:
+        """Return the statistic of `x[:, order]`."""
+        other = Moments(self.in_features)
+        other.mean, other._deviations, other.tokens = self.mean[order], self._deviations[order], self.tokens
+        return other
+
     def _add(self, mean: Tensor, deviations: Tensor, tokens: float) -> None:
         """Add so many tokens of that mean and sum of squared deviations."""
         if not tokens:

@@ -41,6 +41,12 @@ class SumSq(Stat):
         self.sumsq += scale * other.sumsq
         self.tokens += round(scale * other.tokens)
 
+    def reordered(self, order: Tensor) -> SumSq:
+        """Return the statistic of `x[:, order]`."""
+        other = SumSq(self.in_features)
+        other.sumsq, other.tokens = self.sumsq[order], self.tokens
+        return other
+
     def norm(self) -> Tensor:
         """Return the L2 norm of each channel, [in] float32."""
         return self.sumsq.sqrt().to(torch.float32)

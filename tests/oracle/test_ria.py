@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from sparsekit.contracts import LinearInfo
-from sparsekit.errors import RecipeSchemaError
 from sparsekit.masks import select
 from sparsekit.pattern import NM, Unstructured
 from sparsekit.pruners.ria import RIA, RIAOptions
-from sparsekit.recipe.load import recipe_from
+from sparsekit.solve.permute import best_order, kept_score
 from sparsekit.stats.sumsq import SumSq
 
 OUT, IN = 12, 16
@@ -72,7 +71,19 @@ def test_rows_and_channels_of_zeros_score_zero():
     assert not bool(kept[:, 5].any())
 
 
-def test_a_permutation_is_refused_when_the_recipe_is_read():
-    stage = {"stage": "prune", "method": "ria", "pattern": "2:4", "permute": True}
-    with pytest.raises(RecipeSchemaError, match=r"stages\.0\.permute: needs the layer before permuted too"):
-        recipe_from({"sparsekit": 1, "name": "r", "description": "d", "stages": [stage]})
+def test_channels_are_ordered_by_the_published_score():
+    weight, x, stats = problem()
+    pruner, sets = RIA(RIAOptions(permute=True), 0), torch.arange(IN).reshape(1, 1, IN)
+    order = pruner.order(INFO, weight, NM(2, 4), sets, stats)
+    score = published(weight, x, 0.5)
+    best = best_order(score, NM(2, 4), sets)
+    assert kept_score(score, NM(2, 4), order) == pytest.approx(kept_score(score, NM(2, 4), best), rel=1e-6)
+    assert kept_score(score, NM(2, 4), order) > kept_score(score, NM(2, 4))
+    moved = {"sumsq": stats["sumsq"].reordered(order)}
+    kept = pruner.fit(INFO, weight[:, order], moved)(NM(2, 4), OUT * IN // 2).keep
+    assert float(score[:, order][kept].sum()) == pytest.approx(kept_score(score, NM(2, 4), order), rel=1e-6)
+
+
+def test_a_permutation_is_asked_for_by_its_option_alone():
+    assert RIA(RIAOptions(permute=True), 0).permutes
+    assert not RIA(RIAOptions(), 0).permutes

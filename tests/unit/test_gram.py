@@ -72,3 +72,15 @@ def test_what_is_computed_once_is_shared_until_the_sums_change():
     stat.merge(of(inputs(width=16)))
     assert stat.once(trace, 0.5) == float(stat.matrix.trace()) * 0.5
     assert len(made) == 5
+
+
+def test_reordered_is_the_statistic_of_reordered_inputs():
+    x = inputs()
+    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(1))
+    stat = of(x)
+    got, direct = stat.reordered(order), of(x[:, order])
+    assert got.tokens == 300
+    assert_same(got.matrix, direct.matrix)
+    got.update(x)  # goes on as any other
+    direct.update(x)
+    assert_same(got.matrix, direct.matrix)

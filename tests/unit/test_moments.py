@@ -54,3 +54,17 @@ def test_a_scaled_merge_counts_as_so_many_tokens_of_the_same_moments():
 def test_nothing_seen_is_zero():
     assert not bool(Moments(4).variance.any())
     assert Moments.nbytes(4) == 64
+
+
+def test_reordered_is_the_statistic_of_reordered_inputs():
+    x = inputs()
+    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(1))
+    stat = of(x)
+    got, direct = stat.reordered(order), of(x[:, order])
+    assert got.tokens == 300
+    torch.testing.assert_close(got.mean, direct.mean, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(got.variance, direct.variance, rtol=1e-6, atol=1e-9)
+    got.update(x)  # goes on as any other
+    direct.update(x)
+    torch.testing.assert_close(got.mean, direct.mean, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(got.variance, direct.variance, rtol=1e-6, atol=1e-9)

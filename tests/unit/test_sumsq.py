@@ -33,3 +33,13 @@ def test_does_not_change_its_input():
     before = x.clone()
     SumSq(3).update(x)
     assert torch.equal(x, before)
+
+
+def test_reordered_is_the_statistic_of_reordered_inputs():
+    x, order = torch.randn(9, 5), torch.tensor([3, 1, 4, 0, 2])
+    stat, direct = SumSq(5), SumSq(5)
+    stat.update(x)
+    direct.update(x[:, order])
+    got = stat.reordered(order)
+    assert got.tokens == 9
+    assert torch.equal(got.sumsq, direct.sumsq)
