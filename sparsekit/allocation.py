@@ -106,7 +106,9 @@ def _visit(
 ) -> Iterator[tuple[LinearInfo, Tensor, Stats]]:
     """Walk the dense model; yield the targets that share the budget."""
     free = {linear.name for linear in plan.free}
-    for block in walk(model, samples if needs else None, reporter, propagate="none", task="allocate"):
+    inputs = samples if plan.reads_inputs(needs) else None
+    probed = plan.probed(samples) if needs & plan.pruner.needs else None
+    for block in walk(model, inputs, reporter, propagate="none", probed=probed, task="allocate"):
         linears = [linear for linear in block.linears if linear.name in free]
         stats = block.collect(linears, needs) if linears else {}
         for linear in linears:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -55,7 +55,13 @@ class Pruned:
 
 
 class Stat(ABC):
-    """A streaming statistic of one linear's input. Sums are float64, independent of the batch split."""
+    """A streaming statistic of one linear's input. Sums are float64, independent of the batch split.
+
+    Or of the gradients of the loss with respect to the linear's weight, see `of`.
+    """
+
+    of: ClassVar[Literal["inputs", "gradients"]] = "inputs"
+    """What `update` is given: inputs x [tokens, in], or the gradient [out, in] of one sample's mean next-token loss."""
 
     def __init__(self, in_features: int) -> None:
         self.in_features = in_features
@@ -63,7 +69,7 @@ class Stat(ABC):
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
-        """Add a batch of inputs `x: [tokens, in]`, in the dtype the model computes in."""
+        """Add inputs `x: [tokens, in]` in the dtype the model computes in, or one sample's gradient [out, in], float32."""
 
     @abstractmethod
     def merge(self, other: Stat, scale: float = 1.0) -> None:
@@ -75,7 +81,7 @@ class Stat(ABC):
 
     @classmethod
     def nbytes(cls, in_features: int) -> int:
-        """Return about how much memory one statistic takes."""
+        """Return about how much memory one statistic of inputs takes; gradients are counted as they come."""
         return 8 * in_features
 
 
@@ -104,11 +110,26 @@ class Method(ABC, Generic[Options]):
         self.seed = seed
 
 
+@dataclass(frozen=True)
+class Probes:
+    """Calibration text that losses of the dense model, or their gradients, are computed on."""
+
+    samples: int
+    sequence_length: int
+
+
 class LayerPruner(Method[Options]):
     """Chooses which weights of a linear stay, and may change the ones that do."""
 
     tokens: ClassVar[TokenNeed | None] = None
     """Calibration tokens that `fit` must or should have."""
+
+    def probes(self) -> Probes | None:
+        """Return the text for the statistics of gradients among `needs`; None: it needs no gradients.
+
+        Gradients are those of the dense model, as the stage finds it, whatever `propagate` says.
+        """
+        return None
 
     @abstractmethod
     def fit(self, linear: LinearInfo, weight: Tensor, stats: Stats) -> Level:
@@ -160,14 +181,6 @@ class WeightUpdate(Method[Options]):
     @abstractmethod
     def update(self, linear: LinearInfo, weight: Tensor, start: Pruned, stats: Stats) -> Pruned:
         """Return new values for the mask of `start`; `weight: [out, in]` is the dense one, float32, read only."""
-
-
-@dataclass(frozen=True)
-class Probes:
-    """Calibration text that an allocator measures losses of the whole model on."""
-
-    samples: int
-    sequence_length: int
 
 
 class WholeModel(ABC):

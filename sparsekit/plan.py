@@ -11,12 +11,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsekit import budget as budgets
 from sparsekit import registry
 from sparsekit.contracts import Allocator, LayerPruner, LinearInfo, MaskRefiner, Stat, WeightUpdate
 from sparsekit.errors import LowCoverage, OutOfMemory, PlanError, TooFewTokens
+from sparsekit.lanes import MAX_LANES
 from sparsekit.lazy import torch
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.pattern import NM, Pattern, parse_pattern
@@ -24,6 +25,9 @@ from sparsekit.permutation import check_permutation
 from sparsekit.recipe.schema import PruneStage
 from sparsekit.selection import fixed_counts, matches
 from sparsekit.units import bytes_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BASE_MEMORY_BYTES = 700 << 20  # Python, torch and transformers themselves
 FACTOR_COPIES = 6  # of a gram matrix while it is factored or decomposed and used; 4.2 to 5.4 measured
@@ -79,6 +83,16 @@ class StagePlan:
     def needs_data(self) -> bool:
         """Whether calibration text is read at all."""
         return bool(self.needs or self.allocator.needs or self.allocator.probes())
+
+    @staticmethod
+    def reads_inputs(needs: frozenset[str]) -> bool:
+        """Whether any of these statistics is one of the linears' inputs."""
+        return any(registry.load("stats", name).of == "inputs" for name in needs)
+
+    def probed(self, samples: Tensor | None) -> Tensor | None:
+        """Return the part of the calibration ids [samples, sequence_length] that the pruner needs gradients on."""
+        probes = self.pruner.probes()
+        return samples[: probes.samples, : probes.sequence_length] if probes and samples is not None else None
 
 
 def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) -> StagePlan:
@@ -178,19 +192,22 @@ def check_tokens(plan: StagePlan, tokens: int, *, where: str) -> tuple[str, ...]
 
 
 def check_probes(plan: StagePlan, samples: int, sequence_length: int, *, where: str) -> None:
-    """Refuse calibration text that is less than the allocator measures losses on.
+    """Refuse calibration text that is less than the allocator measures losses on, or the pruner gradients.
 
     Raises:
         TooFewTokens: with both amounts.
     """
-    probes = plan.allocator.probes()
-    if probes is not None and (samples < probes.samples or sequence_length < probes.sequence_length):
-        raise TooFewTokens(
-            f"{plan.stage.allocate.method} measures losses on {probes.samples} samples of {probes.sequence_length} "
-            f"tokens, the calibration has {samples} of {sequence_length}",
-            where=f"{where}.allocate",
-            hint="Lower the allocator's samples or sequence_length, or raise the calibration's.",
-        )
+    for key, name, what, probes in (
+        ("allocate", plan.stage.allocate.method, "losses", plan.allocator.probes()),
+        ("method", plan.stage.method, "gradients", plan.pruner.probes()),
+    ):
+        if probes is not None and (samples < probes.samples or sequence_length < probes.sequence_length):
+            raise TooFewTokens(
+                f"{name} measures {what} on {probes.samples} samples of {probes.sequence_length} "
+                f"tokens, the calibration has {samples} of {sequence_length}",
+                where=f"{where}.{key}",
+                hint=f"Lower samples or sequence_length of {name}, or raise the calibration's.",
+            )
 
 
 def _left_out(model: LazyModel, targets: Sequence[LinearInfo]) -> str:
@@ -214,6 +231,7 @@ class Cost:
     Attributes:
         memory_bytes: Expected peak of resident memory.
         whole_bytes: Part of it for the whole model in float32, which an allocator measures losses of; 0 without one.
+        gradient_bytes: Part of it for gradients that a pruner needs, with the states they are made from; 0 without.
         disk_bytes: Size of the output, all in one staged folder before it is moved into place.
         seconds: Expected time of the block forwards, from a short measurement on this machine; None without data.
         tokens: Calibration tokens.
@@ -224,6 +242,7 @@ class Cost:
     seconds: float | None
     tokens: int
     whole_bytes: int = 0
+    gradient_bytes: int = 0
 
 
 def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequence_length: int) -> Cost:
@@ -240,6 +259,8 @@ def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequenc
     memory += max(_statistics_bytes(plan) + _factor_bytes(plan) for plan in plans)
     if tokens:
         memory += max(tokens * hidden * item + largest_block * item, outer)
+    gradients = max(_gradient_bytes(model, plan) for plan in plans)
+    memory += gradients
     whole = max(_whole_bytes(model, plan) for plan in plans)
     return Cost(
         memory_bytes=max(memory, BASE_MEMORY_BYTES + whole),
@@ -247,6 +268,7 @@ def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequenc
         seconds=_forward_seconds(model, plans, tokens, sequence_length) if tokens else None,
         tokens=tokens,
         whole_bytes=whole,
+        gradient_bytes=gradients,
     )
 
 
@@ -262,13 +284,38 @@ def _whole_bytes(model: LazyModel, plan: StagePlan) -> int:
     return 4 * (parameters + logits + 2 * probes.samples * probes.sequence_length * hidden + 3 * largest_linear)
 
 
+def _gradient_bytes(model: LazyModel, plan: StagePlan) -> int:
+    """Return the memory of a block's gradients, one per sample, and of what they are computed from.
+
+    That is what enters and leaves every block, a block in float32 with its activations and, before the blocks are asked
+    for, the outer tensors with the logits.
+    """
+    probes = plan.pruner.probes()
+    if probes is None:
+        return 0
+    hidden = int(getattr(model.module.config, "hidden_size", 0) or 0)
+    lanes = min(torch.get_num_threads(), probes.samples, MAX_LANES)
+    per_block: dict[int, int] = {}
+    for linear in plan.targets:
+        per_block[linear.block] = per_block.get(linear.block, 0) + linear.numel
+    states = 2 * model.blocks * probes.samples * probes.sequence_length * hidden
+    widths = max(sum(x.info.in_features + x.info.out_features for x in model.stack.linears(b)) for b in range(model.blocks))
+    largest_block = max(sum(p.numel() for p in block.parameters()) for block in model.stack.blocks)
+    block = largest_block + 2 * lanes * probes.sequence_length * widths
+    kept = probes.samples * (max(per_block.values()) + max(linear.numel for linear in plan.targets))
+    inner = {id(p) for block in model.stack.blocks for p in block.parameters()}
+    outer = sum(p.numel() for p in model.module.parameters() if id(p) not in inner)
+    behind = outer + 3 * lanes * probes.sequence_length * model.vocabulary
+    return 4 * (states + max(block + kept, behind))
+
+
 def _statistics_bytes(plan: StagePlan) -> int:
-    """Return the memory of the largest block's statistics, of the allocator's walk or of the pruning one.
+    """Return the memory of the largest block's statistics of inputs, of the allocator's walk or of the pruning one.
 
     Linears that share an input share them; linears of one module and one width are taken to share, all but the last.
     """
     kinds_of: list[list[type[Stat]]] = [
-        [registry.load("stats", name) for name in needs]
+        [kind for kind in (registry.load("stats", name) for name in needs) if kind.of == "inputs"]
         for needs in (plan.needs, plan.allocator.needs and plan.allocator.needs | plan.pruner.needs)
     ]
     blocks: dict[int, dict[tuple[str, int], int]] = {}
@@ -359,8 +406,11 @@ def _forward_seconds(model: LazyModel, plans: Sequence[StagePlan], tokens: int, 
         torch.nn.functional.linear(x, weight)
         rounds += 1
     per_multiply = (time.perf_counter() - start) / rounds / (linear.numel * sequence_length)
-    forwards: float = sum((2 if plan.needs else 0) + (1 if plan.allocator.needs else 0) for plan in plans) * tokens
+    walks = (2 * plan.reads_inputs(plan.needs) + plan.reads_inputs(plan.allocator.needs) for plan in plans)
+    forwards: float = sum(walks) * tokens
     for plan in plans:
+        if probes := plan.pruner.probes():  # three times forwards, twice back to the inputs, once to the weights
+            forwards += 6 * probes.samples * probes.sequence_length
         if probes := plan.allocator.probes():  # two losses per linear and sample, each on average half of the blocks
             forwards += len(plan.free) * probes.samples * probes.sequence_length
     # Attention, norms and selection cost about as much again as half the linears.

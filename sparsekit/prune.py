@@ -89,7 +89,14 @@ def prune_stage(
     packed_tensors: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
     resumed = 0
-    for visit in walk(model, samples, reporter, propagate=plan.stage.propagate, task=f"prune ({plan.stage.method})"):
+    for visit in walk(
+        model,
+        samples if plan.reads_inputs(plan.needs) else None,
+        reporter,
+        propagate=plan.stage.propagate,
+        probed=plan.probed(samples),
+        task=f"prune ({plan.stage.method})",
+    ):
         key = f"block-{visit.index}"
         entry = staged.finished(key)
         shard = staged.folder / shard_names[visit.index]
@@ -137,7 +144,7 @@ def _prune_block(
     keeps: dict[str, Tensor] = {}
     for linear in targets:
         start = time.perf_counter()
-        keep, facts, notes = _prune_linear(linear, plan, budgets[linear.name], order.stats[linear.name])
+        keep, facts, notes = _prune_linear(linear, plan, budgets[linear.name], order.stats.pop(linear.name))
         visit.notes.extend(f"{linear.name}: {note}" for note in notes)
         _note_mask(keeps, linear, keep)
         release_freed()  # each linear leaves holes of its own size, and its copies are the peak of the run

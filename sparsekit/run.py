@@ -187,6 +187,12 @@ def _require_memory(prepared: Prepared, *, evaluation: bool) -> None:
         "Choose an allocator that reads one block at a time, such as owl, or use a machine with more memory.",
     )
     require_memory(
+        BASE_MEMORY_BYTES + prepared.cost.gradient_bytes,
+        "the gradients of all samples, which a pruner needs for one block after the other,",
+        "Lower samples or sequence_length of the method, choose one without gradients, such as sparsegpt, or use a "
+        "machine with more memory.",
+    )
+    require_memory(
         prepared.cost.memory_bytes,
         "the run",
         "Lower calibration.samples or calibration.sequence_length, or use a machine with more memory.",

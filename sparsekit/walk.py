@@ -19,6 +19,7 @@ from sparsekit.lanes import MAX_LANES, Turns, side_by_side
 from sparsekit.lazy import torch
 from sparsekit.memory import release_freed
 from sparsekit.models.capture import Call, capture, run_block
+from sparsekit.models.gradients import BlockGradients
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.linears import Linear, tap_inputs
 from sparsekit.progress import Reporter, track
@@ -46,11 +47,16 @@ class Visit:
     def collect(self, linears: Collection[Linear], needs: frozenset[str]) -> dict[str, dict[str, Stat]]:
         """Run the block once on all samples; return {linear name: {statistic name: statistic}}.
 
-        Linears that receive the same tensor share one statistic.
+        Linears that receive the same tensor share one statistic of inputs. Statistics of gradients are the dense
+        model's, whatever was changed on the way.
         """
-        if not needs:
-            return {linear.name: {} for linear in linears}
-        return self._walk.collect(self, list(linears), needs)
+        kinds: dict[str, type[Stat]] = {name: registry.load("stats", name) for name in sorted(needs)}
+        stats: dict[str, dict[str, Stat]] = {linear.name: {} for linear in linears}
+        if of_inputs := {name: kind for name, kind in kinds.items() if kind.of == "inputs"}:
+            _join(stats, self._walk.collect(self, list(linears), of_inputs))
+        if of_gradients := {name: kind for name, kind in kinds.items() if kind.of == "gradients"}:
+            _join(stats, self._walk.differentiate(self, stats.keys(), of_gradients))
+        return stats
 
     def adopt(self, shard: Path) -> None:
         """Take this block's tensors from a shard written earlier."""
@@ -65,28 +71,38 @@ def walk(
     reporter: Reporter,
     *,
     propagate: Propagate = "block",
+    probed: Tensor | None = None,
     task: str = "blocks",
 ) -> Iterator[Visit]:
     """Visit every block in order; what the visitor changes is what later blocks see.
 
     Args:
         model: Nothing needs to be loaded.
-        samples: ids [samples, sequence_length], or None when nobody will ask for statistics.
+        samples: ids [samples, sequence_length], or None when nobody will ask for statistics of inputs.
         reporter: Told about every block.
         propagate: What the inputs of a block are made by.
+        probed: ids [samples, sequence_length] for statistics of gradients, None when nobody will ask for them.
         task: Name of the step in the progress display.
     """
-    yield from _Walk(model, samples, reporter, propagate, task).run()
+    gradients = BlockGradients(model, probed, reporter, task) if probed is not None else None
+    yield from _Walk(model, samples, reporter, propagate, gradients, task).run()
 
 
 class _Walk:
     def __init__(
-        self, model: LazyModel, samples: Tensor | None, reporter: Reporter, propagate: Propagate, task: str
+        self,
+        model: LazyModel,
+        samples: Tensor | None,
+        reporter: Reporter,
+        propagate: Propagate,
+        gradients: BlockGradients | None,
+        task: str,
     ) -> None:
         self.model = model
         self.samples = samples
         self.reporter = reporter
         self.propagate = propagate
+        self.gradients = gradients
         self.task = task
         self.hidden: list[Tensor] = []
         self.calls: list[list[Call]] = []
@@ -120,10 +136,19 @@ class _Walk:
         for sample, states in enumerate(self.hidden):
             _refuse_nonfinite(states, "embeddings", sample)
 
-    def collect(self, visit: Visit, linears: list[Linear], needs: frozenset[str]) -> dict[str, dict[str, Stat]]:
+    def differentiate(
+        self, visit: Visit, names: Collection[str], kinds: Mapping[str, type[Stat]]
+    ) -> dict[str, dict[str, Stat]]:
+        if self.gradients is None:
+            raise SparsekitError("statistics of gradients asked for in a walk without probes")
+        return self.gradients.collect(visit.index, names, kinds)
+
+    def collect(
+        self, visit: Visit, linears: list[Linear], kinds: Mapping[str, type[Stat]]
+    ) -> dict[str, dict[str, Stat]]:
         if self.samples is None:
-            raise SparsekitError("statistics asked for in a walk without samples")
-        collector = _Collector(linears, needs)
+            raise SparsekitError("statistics of inputs asked for in a walk without samples")
+        collector = _Collector(linears, kinds)
         handles = tap_inputs(linears, collector.tap)
         try:
             self._forward(visit, keep=self.propagate == "none", collector=collector)
@@ -161,6 +186,11 @@ class _Walk:
         release_freed()
 
 
+def _join(into: dict[str, dict[str, Stat]], found: Mapping[str, Mapping[str, Stat]]) -> None:
+    for name, stats in found.items():
+        into[name] |= stats
+
+
 class _SeenAll(Exception):  # a signal that ends a pass, not an error
     """Every linear has got its input: what the block would still compute is not needed."""
 
@@ -178,9 +208,9 @@ class _Sample(threading.local):
 class _Collector:
     """Feeds inputs to statistics, once per distinct input tensor, in the order of the samples."""
 
-    def __init__(self, linears: list[Linear], needs: frozenset[str]) -> None:
+    def __init__(self, linears: list[Linear], kinds: Mapping[str, type[Stat]]) -> None:
         self._linears = {linear.name: linear for linear in linears}
-        self._classes: Mapping[str, type[Stat]] = {name: registry.load("stats", name) for name in sorted(needs)}
+        self._classes = kinds
         self._stats: dict[str, dict[str, Stat]] = {}
         self._leader: dict[str, str] = {}  # linear -> the linear whose statistic it shares
         self._sample = _Sample()

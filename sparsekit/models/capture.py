@@ -34,7 +34,12 @@ class _Captured(Exception):  # a signal that ends the capture pass, not an error
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """Run a block on `hidden: [1, tokens, hidden]` with its own arguments; return its output hidden states."""
     with torch.no_grad():
-        out = block(hidden, *call.args, **call.kwargs)
+        return replay(block, hidden, call)
+
+
+def replay(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """Run a block as `run_block` does, in whatever gradient mode the caller is."""
+    out = block(hidden, *call.args, **call.kwargs)
     # `out[0]` on a bare tensor would silently take batch item 0.
     result: Tensor = out if isinstance(out, torch.Tensor) else out[0]
     return result

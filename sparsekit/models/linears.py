@@ -49,7 +49,10 @@ class Linear:
 
     def weight(self) -> Tensor:
         """Return the stored weight as a view [out, in]."""
-        stored = self.module.get_parameter(self.parameter).data
+        return self.view(self.module.get_parameter(self.parameter).data)
+
+    def view(self, stored: Tensor) -> Tensor:
+        """Return this linear's part of a tensor that is shaped as the parameter, such as its gradient, [out, in]."""
         if self.expert is not None:
             stored = stored[self.expert]
         return stored.T if self.transposed else stored
