@@ -299,12 +299,14 @@ def _gradient_bytes(model: LazyModel, plan: StagePlan) -> int:
     for linear in plan.targets:
         per_block[linear.block] = per_block.get(linear.block, 0) + linear.numel
     states = 2 * model.blocks * probes.samples * probes.sequence_length * hidden
-    widths = max(sum(x.info.in_features + x.info.out_features for x in model.stack.linears(b)) for b in range(model.blocks))
+    widths = max(
+        sum(x.info.in_features + x.info.out_features for x in model.stack.linears(b)) for b in range(model.blocks)
+    )
     largest_block = max(sum(p.numel() for p in block.parameters()) for block in model.stack.blocks)
     block = largest_block + 2 * lanes * probes.sequence_length * widths
     kept = probes.samples * (max(per_block.values()) + max(linear.numel for linear in plan.targets))
     inner = {id(p) for block in model.stack.blocks for p in block.parameters()}
-    outer = sum(p.numel() for p in model.module.parameters() if id(p) not in inner)
+    outer: int = sum(p.numel() for p in model.module.parameters() if id(p) not in inner)
     behind = outer + 3 * lanes * probes.sequence_length * model.vocabulary
     return 4 * (states + max(block + kept, behind))
 

@@ -138,7 +138,7 @@ class BlockGradients:
                 logits = self._model.module(input_ids=ids[None], use_cache=False).logits[0]
                 loss = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:])
             if not torch.isfinite(loss):
-                raise NonFinite(f"the loss of sample {sample} is {float(loss)}")
+                raise NonFinite(f"the loss of sample {sample} is {float(loss.detach())}")
             (out[sample],) = torch.autograd.grad(loss, last)
 
         try:

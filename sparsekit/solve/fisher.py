@@ -37,7 +37,7 @@ class BlockFisher:
         self._gradients = [gradient.reshape(-1) for gradient in gradients]
         self._shape = gradients[0].shape
         self._size = min(size, gradients[0].numel())
-        mean = sum(float(gradient.square().sum(dtype=torch.float64)) for gradient in self._gradients)
+        mean = sum(float(gradient.double().square_().sum()) for gradient in self._gradients)
         self.lam = damping * mean / (len(gradients) * gradients[0].numel())
 
     @property
@@ -49,7 +49,7 @@ class BlockFisher:
         """Return lam times the diagonal of F^-1, [out, in] float64: in (0, 1], 1 where all gradients are zero."""
 
         def diagonal(g: Tensor) -> Tensor:
-            half = torch.linalg.solve_triangular(self._factor(g), g, upper=False)  # [blocks, m, size]
+            half: Tensor = torch.linalg.solve_triangular(self._factor(g), g, upper=False)  # [blocks, m, size]
             return 1 - half.square_().sum(dim=1)
 
         return self._each(diagonal)
@@ -93,6 +93,7 @@ class BlockFisher:
         """Return the lower Cholesky factors of S, [blocks, m, m], for `g: [blocks, m, size]`."""
         s = g @ g.mT
         s.diagonal(dim1=1, dim2=2).add_(len(self._gradients) * self.lam)
+        factor: Tensor
         factor, info = torch.linalg.cholesky_ex(s)
         if bool(info.any()):
             raise NumericalError(
@@ -104,8 +105,8 @@ class BlockFisher:
     def _each(self, work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Call `work(g, *parts)` for some blocks at a time; return its results [blocks, size] as one [out, in].
 
-        `g` is [blocks, m, size], and a part [blocks, size] belongs to each of `tensors: [out, in]`. A last block that is
-        shorter is a call of its own.
+        `g` is [blocks, m, size], and a part [blocks, size] belongs to each of `tensors: [out, in]`. A last block that
+        is shorter is a call of its own.
         """
         flat = [tensor.reshape(-1) for tensor in tensors]
         out = torch.empty(self._gradients[0].numel(), dtype=torch.float64)

@@ -30,9 +30,18 @@ def fitted(method, linear, weight, x, seed=0):
     cls = registry.load("pruners", method)
     stats = {}
     for name in cls.needs:
-        stats[name] = registry.load("stats", name)(linear.in_features)
-        stats[name].update(x)
+        kind = registry.load("stats", name)
+        stats[name] = kind(linear.in_features)
+        for seen in [x] if kind.of == "inputs" else gradients(linear, x):
+            stats[name].update(seen)
     return cls(cls.options_type(), seed).fit(linear, weight, stats)
+
+
+def gradients(linear, x, samples=6):
+    """Gradients [out, in] of samples of some tokens each: outer products of answers and inputs."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = x.reshape(samples, -1, linear.in_features)
+    return torch.randn(samples, linear.out_features, tokens.shape[1], generator=generator) @ tokens
 
 
 def budget(pattern, numel, sparsity):
@@ -95,6 +104,13 @@ def test_degenerate_weights_and_inputs_still_give_the_budget(method, kind):
         x = x * 0
     pruned = fitted(method, linear, weight, x)(Unstructured(), 96)
     masks.check(pruned.weight, pruned.keep, Unstructured(), 96, where=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_probes_are_named_where_gradients_are_needed_and_only_there(method):
+    cls = registry.load("pruners", method)
+    needed = any(registry.load("stats", name).of == "gradients" for name in cls.needs)
+    assert (cls(cls.options_type(), 0).probes() is not None) == needed
 
 
 @pytest.mark.parametrize("method", METHODS)
