@@ -69,7 +69,7 @@ class Stat(ABC):
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
-        """Add inputs `x: [tokens, in]` in the dtype the model computes in, or one sample's gradient [out, in], float32."""
+        """Add inputs `x: [tokens, in]` in the dtype the model computes in, or the gradient [out, in] of a sample."""
 
     @abstractmethod
     def merge(self, other: Stat, scale: float = 1.0) -> None:
