@@ -40,7 +40,7 @@ class Grad(Stat):
         self.samples += [sample * scale**0.5 for sample in other.samples]
 
     def reordered(self, order: Tensor) -> Self:
-        """Refuse: where inputs are reordered, the rows of what makes them are too, and their gradients do not follow."""
+        """Refuse: with inputs, the rows of what makes them are reordered, and their gradients would not follow."""
         raise SparsekitError(
             "a pruner that reorders inputs and needs gradients is not supported", hint="Turn its permutation off."
         )

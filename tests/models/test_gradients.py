@@ -146,3 +146,8 @@ def test_a_loss_that_is_no_number_is_named(tmp_path):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(NonFinite, match="the loss of sample 0 is nan"):
         collected(lazy(folder), tiny.ids(2, 20))
+
+
+def test_gradients_of_reordered_inputs_are_refused():
+    with pytest.raises(SparsekitError, match="reorders inputs and needs gradients is not supported"):
+        Grad(4).reordered(torch.arange(4))
