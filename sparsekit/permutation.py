@@ -36,12 +36,12 @@ def check_permutation(model: LazyModel, targets: Sequence[LinearInfo], pattern: 
         raise PlanError(
             f"a permutation of channels is for N:M patterns; pattern {pattern} has no groups of inputs to fill",
             where=where,
-            hint="Leave permute out, or set an N:M pattern.",
+            hint="Set permute: false, or an N:M pattern.",
         )
     try:
         found = [(name, feed) for index in range(model.blocks) for name, feed in block_feeds(model, index).items()]
     except SparsekitError as error:
-        error.hint = error.hint or "Leave permute out: every linear is then pruned in the order it has."
+        error.hint = error.hint or "Set permute: false, and every linear is pruned in the order it has."
         raise
     names = {linear.name for linear in targets}
     fed = [(name, feed) for name, feed in found if name in names]
@@ -50,7 +50,7 @@ def check_permutation(model: LazyModel, targets: Sequence[LinearInfo], pattern: 
         raise PlanError(
             f"no target has inputs that can change places in groups of {pattern.of}",
             where=where,
-            hint="Leave permute out, or take the linears behind heads and activations into targets.",
+            hint="Set permute: false, or take the linears behind heads and activations into targets.",
         )
     notes = [f"channels of {len(fit)} linears are reordered, first {fit[0]}; the inputs of the others stay"]
     uneven = [(name, feed.sets.shape[2]) for name, feed in fed if not fits(feed, pattern)]
@@ -96,7 +96,11 @@ def permute_block(
         if name not in stats or not fits(feed, pattern):
             continue
         linear = linears[name]
-        order = pruner.order(linear.info, linear.weight().to(torch.float32), pattern, feed.sets, stats[name])
+        try:
+            order = pruner.order(linear.info, linear.weight().to(torch.float32), pattern, feed.sets, stats[name])
+        except SparsekitError as error:
+            error.where = error.where or name
+            raise
         result.moved[name] = int((order != torch.arange(len(order))).sum())
         if result.moved[name]:
             result.parameters.update(reorder_inputs(linear, feed, order))

@@ -70,7 +70,7 @@ def _refuse_broken_blocks(plans: Sequence[StagePlan]) -> None:
                 raise PlanError(
                     f"its permutation of channels would break the {before.pattern} blocks of stages.{earlier}",
                     where=f"stages.{later}",
-                    hint="Swap the stages, or leave permute out.",
+                    hint="Swap the stages, or set permute: false.",
                 )
 
 

@@ -6,7 +6,7 @@ Source: Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Me
     ICLR 2024 (literature), eq. 2 and 4.
     `permute: true`: channels are first put in the order in which N:M keeps most of that score (solve/permute.py).
 Shapes: weight [out, in], sumsq norm [in] -> keep [out, in].
-Cost: as Wanda's; the order: some 10 assignments of in/M channels, each after out x (in/M)^2 differences.
+Cost: as Wanda's; the order: 2 M or 3 M times out x (in/M) x min(in/M, part_groups) differences and the assignments.
 Deviations: exact counts. Reordered are only inputs that other linears of the block make, for those are reordered with
     them (o_proj inside a head, down_proj); inputs from the residual stream stay. The published speed path reorders
     every linear and leaves the activations as they are, which is wrong.
@@ -22,7 +22,7 @@ from pydantic import Field
 from sparsekit.contracts import LayerPruner, Level, LinearInfo, MethodOptions, Stats
 from sparsekit.masks import Group, ranked
 from sparsekit.pattern import NM
-from sparsekit.solve.permute import best_order
+from sparsekit.solve.permute import PART, best_order
 from sparsekit.stats.sumsq import SumSq
 
 if TYPE_CHECKING:
@@ -37,8 +37,10 @@ class RIAOptions(MethodOptions):
     power: float = Field(default=0.5, ge=0, le=4, description="of the input norm; 0: relative importance alone")
     group: Group = "linear"
     permute: bool = Field(default=False, description="reorder channels so that an N:M pattern keeps more of the score")
-    parts: int = Field(
-        default=1, ge=1, le=64, description="with `permute`: channels assigned in so many parts, in less time"
+    part_groups: int = Field(
+        default=PART,
+        ge=2,
+        description="groups of M whose channels are assigned together; fewer: faster, a little worse",
     )
 
 
@@ -59,7 +61,7 @@ class RIA(LayerPruner[RIAOptions]):
 
     def order(self, linear: LinearInfo, weight: Tensor, pattern: NM, sets: Tensor, stats: Stats) -> Tensor:
         """Return the order of inputs in which the pattern keeps most of the score."""
-        return best_order(self._score(weight, stats), pattern, sets, parts=self.options.parts)
+        return best_order(self._score(weight, stats), pattern, sets, part=self.options.part_groups)
 
     def _score(self, weight: Tensor, stats: Stats) -> Tensor:
         sumsq = stats["sumsq"]

@@ -60,7 +60,7 @@ class Gram(Stat):
     def reordered(self, order: Tensor) -> Gram:
         """Return the statistic of `x[:, order]`."""
         other = Gram(self.in_features)
-        other._upper, other.tokens = self.matrix[order][:, order], self.tokens
+        other._upper, other.tokens = self.matrix[order[:, None], order], self.tokens
         return other
 
     @property

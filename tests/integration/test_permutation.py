@@ -214,7 +214,7 @@ def test_what_has_nothing_to_reorder_is_refused(sets, text, tmp_path):
 
 
 def test_other_families_are_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(UnsupportedFamily, match=r"falcon.*known are .*llama.*Leave permute out"):
+    with pytest.raises(UnsupportedFamily, match=r"falcon.*known are .*llama.*Set permute: false"):
         plan(tiny.save("falcon", tmp_path))
 
 

@@ -99,6 +99,7 @@ def test_a_pruned_model_loads_with_plain_transformers(family, tmp_path):
         ("alps-70", []),
         ("alps-60", ["stages.0.pattern=2:4", "stages.0.sparsity=0.5"]),
         ("ria-2of4", []),
+        ("ria-2of4", ["stages.0.permute=false", "stages.0.pattern=unstructured", "stages.0.sparsity=0.5"]),
         ("dsnot-60", []),
         ("dsnot-2of4", ["stages.0.refine={method: dsnot, paper: true}"]),
         ("sparsegpt-60", ["stages.0.refine=dsnot", "stages.0.update=lstsq"]),
