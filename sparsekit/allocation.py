@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sparsekit.budget import distribute
 from sparsekit.contracts import AllocationContext, LinearInfo, Stats, WholeModel
 from sparsekit.errors import PlanError, SparsekitError
 from sparsekit.lazy import torch
@@ -64,6 +65,13 @@ def allocate_unseen(plan: StagePlan) -> dict[str, float]:
         return {**plan.fixed, **{linear.name: rest / numel * linear.numel for linear in plan.free}}
     context = AllocationContext(plan.free, plan.pattern, lambda needs: iter(()), plan.pruner, _unread)
     return {**_asked(plan, context).counts}
+
+
+def uniform_counts(plan: StagePlan) -> dict[str, int]:
+    """Return kept weights per target at one sparsity for all; empty if the stage allocates just so, or N:M does."""
+    if isinstance(plan.pattern, NM) or (plan.stage.allocate.method == "uniform" and not plan.fixed):
+        return {}
+    return distribute(plan.targets, {linear.name: 1.0 for linear in plan.targets}, plan.budget, plan.pattern.unit)
 
 
 def densities(linears: Sequence[LinearInfo], counts: dict[str, int]) -> dict[str, float]:

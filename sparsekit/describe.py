@@ -34,6 +34,7 @@ def describe_plan(prepared: Prepared, out: Path) -> dict[str, Any]:
         "stages": [_describe_plan(prepared.model, plan) for plan in prepared.plans],
         "notes": list(prepared.notes),
         "cost": asdict(prepared.cost),
+        "nulls": {name: asdict(null.cost) for name, null in prepared.nulls.items()},
     }
 
 

@@ -6,9 +6,10 @@ Everything here ranks instead, and returns exactly the asked number of weights.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from sparsekit.contracts import Level, Pruned
+from sparsekit.contracts import Pruned
 from sparsekit.errors import NonFinite, PatternViolation, PlanError, ShapeMismatch, WeightMismatch
 from sparsekit.finite import all_finite
 from sparsekit.lazy import torch
@@ -68,7 +69,21 @@ def select(score: Tensor, pattern: Pattern, budget: int, group: Group) -> Tensor
     return _rows(score, budget)
 
 
-def ranked(weight: Tensor, score: Tensor, group: Group) -> Level:
+@dataclass(frozen=True)
+class Ranking:
+    """The levels of a method that only ranks weights, see `ranked`: any further level costs one selection."""
+
+    weight: Tensor
+    score: Tensor
+    group: Group
+
+    def __call__(self, pattern: Pattern, budget: int) -> Pruned:
+        """Return the linear with exactly `budget` weights kept."""
+        keep = select(self.score, pattern, budget, self.group)
+        return Pruned(zeroed(self.weight, keep), keep)
+
+
+def ranked(weight: Tensor, score: Tensor, group: Group) -> Ranking:
     """Return the levels of a method that only ranks weights: the best scores stay, unchanged.
 
     Args:
@@ -76,12 +91,7 @@ def ranked(weight: Tensor, score: Tensor, group: Group) -> Level:
         score: [out, in] float32, larger = keep.
         group: What weights compete with each other.
     """
-
-    def at(pattern: Pattern, budget: int) -> Pruned:
-        keep = select(score, pattern, budget, group)
-        return Pruned(zeroed(weight, keep), keep)
-
-    return at
+    return Ranking(weight, score, group)
 
 
 def zeroed(weight: Tensor, keep: Tensor) -> Tensor:

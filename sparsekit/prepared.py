@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsekit.errors import PlanError
@@ -11,12 +11,22 @@ from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.source import ModelSource
 from sparsekit.pattern import Block
 from sparsekit.plan import Cost, StagePlan, check_probes, check_tokens, estimate, plan_stage
+from sparsekit.recipe.nulls import null_recipe
 from sparsekit.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything known before the first weight is read."""
+    """Everything known before the first weight is read.
+
+    Attributes:
+        recipe, source: What was brought together.
+        model: The source, block by block.
+        plans: One for each stage.
+        cost: What the run needs, nulls apart.
+        notes: What the user should know.
+        nulls: The same for each null of the recipe that is not the recipe itself.
+    """
 
     recipe: Recipe
     source: ModelSource
@@ -24,6 +34,13 @@ class Prepared:
     plans: tuple[StagePlan, ...]
     cost: Cost
     notes: tuple[str, ...] = ()
+    nulls: Mapping[str, Prepared] = field(default_factory=dict)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Most that lies on the disk at once: a folder for each stage, and those of one null beside them."""
+        own = self.cost.disk_bytes * len(self.plans)
+        return own + max((null.disk_bytes for null in self.nulls.values()), default=0)
 
     @property
     def needs_data(self) -> bool:
@@ -55,7 +72,12 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
         for position, plan in enumerate(plans)
         for note in (*plan.notes, *check_tokens(plan, samples * length, where=f"stages.{position}"))
     )
-    return Prepared(recipe, source, model, plans, estimate(model, plans, samples, length), notes)
+    found: dict[str, Recipe | None] = {null: null_recipe(recipe, null) for null in recipe.evaluate.nulls}
+    notes += tuple(
+        f"null {name} is left out: the recipe itself is {name}" for name, null in found.items() if null is None
+    )
+    nulls = {name: prepare(null, source) for name, null in found.items() if null is not None}
+    return Prepared(recipe, source, model, plans, estimate(model, plans, samples, length), notes, nulls)
 
 
 def _refuse_broken_blocks(plans: Sequence[StagePlan]) -> None:

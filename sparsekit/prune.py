@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekit import masks
-from sparsekit.allocation import Allocation, allocate, densities
+from sparsekit.allocation import Allocation, allocate, densities, uniform_counts
 from sparsekit.checkpoint.safetensors_file import RawTensor, read_header
 from sparsekit.checkpoint.staging import StagedCheckpoint
-from sparsekit.contracts import Stat
+from sparsekit.contracts import Level, Stat
 from sparsekit.errors import IndexMismatch, NonFinite, SparsekitError
 from sparsekit.layer_errors import layer_errors
 from sparsekit.lazy import torch
@@ -83,7 +83,7 @@ def prune_stage(
         form: How pruned tensors are packed; None leaves them dense.
     """
     allocation = _journalled_allocation(staged) or allocate(plan, model, samples, reporter)
-    budgets = allocation.counts
+    budgets, uniform = allocation.counts, uniform_counts(plan)
     linears: dict[str, dict[str, Any]] = {}
     tensors: dict[str, dict[str, Any]] = {}
     packed_tensors: dict[str, dict[str, Any]] = {}
@@ -101,7 +101,7 @@ def prune_stage(
         entry = staged.finished(key)
         shard = staged.folder / shard_names[visit.index]
         if entry is None:
-            facts, changed, keeps = _prune_block(model, visit, plan, budgets)
+            facts, changed, keeps = _prune_block(model, visit, plan, budgets, uniform)
             written = checkpoint_tensors(model, visit.index, changed)
             packed = pack_changed(written, changed, keeps, facts["tensors"], form) if form else {}
             facts["packed"] = packed
@@ -132,7 +132,7 @@ def _journalled_allocation(staged: StagedCheckpoint) -> Allocation | None:
 
 
 def _prune_block(
-    model: LazyModel, visit: Visit, plan: StagePlan, budgets: Mapping[str, int]
+    model: LazyModel, visit: Visit, plan: StagePlan, budgets: Mapping[str, int], uniform: Mapping[str, int]
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """Prune the targets of one block in place; return facts for the journal, the changed tensors and their masks."""
     targets = [linear for linear in visit.linears if linear.name in budgets]
@@ -144,7 +144,9 @@ def _prune_block(
     keeps: dict[str, Tensor] = {}
     for linear in targets:
         start = time.perf_counter()
-        keep, facts, notes = _prune_linear(linear, plan, budgets[linear.name], order.stats.pop(linear.name))
+        keep, facts, notes = _prune_linear(
+            linear, plan, budgets[linear.name], uniform.get(linear.name), order.stats.pop(linear.name)
+        )
         visit.notes.extend(f"{linear.name}: {note}" for note in notes)
         _note_mask(keeps, linear, keep)
         release_freed()  # each linear leaves holes of its own size, and its copies are the peak of the run
@@ -170,11 +172,21 @@ def _prune_block(
 
 
 def _prune_linear(
-    linear: Linear, plan: StagePlan, budget: int, stats: Mapping[str, Stat]
+    linear: Linear, plan: StagePlan, budget: int, uniform: int | None, stats: Mapping[str, Stat]
 ) -> tuple[Tensor, dict[str, Any], tuple[str, ...]]:
+    """Prune one linear in place; return its mask, facts for the journal and notes.
+
+    Args:
+        linear: It.
+        plan: What to do.
+        budget: Weights to keep.
+        uniform: Weights that a uniform allocation would keep, None if that is `budget`.
+        stats: Statistics of its input.
+    """
     dense = linear.weight().to(torch.float32)  # [out, in]
     try:
-        pruned = plan.pruner.fit(linear.info, dense, stats)(plan.pattern, budget)
+        level = plan.pruner.fit(linear.info, dense, stats)
+        pruned = level(plan.pattern, budget)
         notes = pruned.notes
         if plan.refiner is not None:
             pruned = plan.refiner.refine(linear.info, dense, pruned, plan.pattern, stats)
@@ -187,15 +199,28 @@ def _prune_linear(
         raise
     stored = linear.replace(pruned.weight)
     masks.check(stored, pruned.keep, plan.pattern, budget, where=linear.name)
+    errors, null = layer_errors(dense, stored, stats, plan.pattern, budget)
+    nulls = {"random": null}
+    if uniform is not None and (other := _cheap_level(plan, level, uniform)) is not None:
+        nulls["uniform"], _ = layer_errors(dense, other, stats, plan.pattern, uniform)
     facts = {
         "kept": budget,
         "numel": linear.info.numel,
         "shape": [linear.info.out_features, linear.info.in_features],
         "pattern": str(plan.pattern),
         "method": plan.stage.method,
-        **layer_errors(dense, stored, stats),
+        **errors,
+        "nulls": nulls,
+        **({"tokens": max(stat.tokens for stat in stats.values())} if stats else {}),
     }
     return pruned.keep, facts, notes
+
+
+def _cheap_level(plan: StagePlan, level: Level, budget: int) -> Tensor | None:
+    """Return the weight at another level, [out, in] float32; None where that takes more than a selection."""
+    if isinstance(level, masks.Ranking) and plan.refiner is None and plan.update is None:
+        return level(plan.pattern, budget).weight
+    return None
 
 
 def _note_mask(keeps: dict[str, Tensor], linear: Linear, keep: Tensor) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit import fs
-from sparsekit.assemble import is_packed, shard_names, write_model_files
+from sparsekit.assemble import is_packed
 from sparsekit.calibration import calibration_blocks
 from sparsekit.checkpoint.staging import StagedCheckpoint, is_finished, recover
-from sparsekit.data import TextSpec, load_blocks
 from sparsekit.data.packing import TokenBlocks
 from sparsekit.describe import (
     base,
@@ -26,17 +25,18 @@ from sparsekit.describe import (
     weights_bytes,
 )
 from sparsekit.errors import OutputExists, UsageError
-from sparsekit.evaluate.evaluation import EvaluationReport, EvaluationRequest, evaluate
+from sparsekit.evaluate.evaluation import EvaluationReport
 from sparsekit.evaluate.gates import GatesSpec, check
-from sparsekit.evaluate.harness import find_tasks
-from sparsekit.models.source import ModelSource, open_model
-from sparsekit.pack import Encoding, Layout
+from sparsekit.models.source import ModelSource
 from sparsekit.plan import BASE_MEMORY_BYTES, require_memory
 from sparsekit.prepared import Prepared
 from sparsekit.progress import Reporter
-from sparsekit.prune import Form, StageResult, prune_stage
+from sparsekit.prune import StageResult
+from sparsekit.quality import check_evaluation, measure, with_nulls
 from sparsekit.recipe.schema import Recipe
 from sparsekit.report.pages import pages
+from sparsekit.report.summary import summarise
+from sparsekit.stages import drop_scratch, run_stages
 
 
 @dataclass(frozen=True)
@@ -85,26 +85,28 @@ def execute(
     start = time.perf_counter()
     _refuse_source(prepared.source, out)
     if not evaluation:
-        _refuse_unchecked_gates(prepared.recipe)
+        _refuse_unmeasured(prepared.recipe)
     if extra := prepared.model.extra:
         reporter.note(f"{len(extra)} tensors have no place in the model and are copied unchanged, first {extra[0]}")
     for note in prepared.notes:
         reporter.note(note)
     _require_memory(prepared, evaluation=evaluation)
-    fs.require_space(out, prepared.cost.disk_bytes, "the checkpoint")
+    fs.require_space(out, prepared.disk_bytes, "the checkpoint")
     blocks = calibration_blocks(prepared, reporter) if prepared.needs_data else None
     if evaluation:
-        _check_evaluation(prepared, reporter)
+        check_evaluation(prepared, reporter)
     prepared.source.forget_tokenizer()  # the evaluation, long after, reads it again
     identity = _identity(prepared, blocks)
     if is_finished(out, identity):
         recover(out)  # a run killed right after its commit left its journal
+        drop_scratch(out)
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         return Outcome(out, report, missed_gates=tuple(report["missed_gates"]), already_finished=True)
     with StagedCheckpoint.open(out, identity, overwrite=overwrite, resume=resume) as staged:
-        results = _run_stages(prepared, blocks, staged, reporter, resume=resume)
-        write_model_files(prepared, staged)
-        scores = _evaluate(prepared, staged, reporter) if evaluation else None
+        results = run_stages(prepared, blocks, staged, reporter, resume=resume)
+        scores = measure(prepared, staged, reporter) if evaluation else None
+        if scores:
+            scores = with_nulls(scores, prepared, blocks, staged, reporter, resume=resume)
         missed = check(GatesSpec(**prepared.recipe.gates.model_dump()), scores) if scores else []
         report = {
             "schema": 1,
@@ -121,6 +123,7 @@ def execute(
             "peak_memory_bytes": peak_memory_bytes(),
             "tools": tools(),
         }
+        report["errors"] = summarise(report).errors()
         written = pages(report, prepared.source.folder)
         for name, data in written.items():
             staged.write_file(name, data)
@@ -128,9 +131,7 @@ def execute(
             {**_manifest(prepared, results), "base": base(report["model"])},
             volatile=written.keys(),  # they hold timings
         )
-    for position in range(len(prepared.plans) - 1):
-        with _intermediate(out, staged.run_id, position, resume=resume) as work:
-            work.discard()
+    drop_scratch(committed)
     return Outcome(committed, report, scores, tuple(missed))
 
 
@@ -169,8 +170,13 @@ def _refuse_source(source: ModelSource, out: Path) -> None:
         )
 
 
-def _refuse_unchecked_gates(recipe: Recipe) -> None:
-    """A gate that is passed because nobody measured is worse than none."""
+def _refuse_unmeasured(recipe: Recipe) -> None:
+    """A gate that is passed because nobody measured is worse than none, and a null needs something beside it."""
+    if recipe.evaluate.nulls:
+        raise UsageError(
+            f"--no-evaluate leaves nothing to compare the nulls with: {', '.join(recipe.evaluate.nulls)}",
+            hint="Leave --no-evaluate out, or the nulls.",
+        )
     gates = recipe.gates.model_dump(exclude_defaults=True)
     if gates:
         raise UsageError(
@@ -186,6 +192,10 @@ def _require_memory(prepared: Prepared, *, evaluation: bool) -> None:
         "the whole model in float32, which an allocator measures losses of,",
         "Choose an allocator that reads one block at a time, such as owl, or use a machine with more memory.",
     )
+    for name, null in prepared.nulls.items():
+        require_memory(
+            null.cost.memory_bytes, f"the null {name}", "Leave the null out, or use a machine with more memory."
+        )
     require_memory(
         BASE_MEMORY_BYTES + prepared.cost.gradient_bytes,
         "the gradients of all samples, which a pruner needs for one block after the other,",
@@ -214,69 +224,3 @@ def _identity(prepared: Prepared, blocks: TokenBlocks | None) -> dict[str, Any]:
         "calibration": blocks.fingerprint if blocks else None,
         "versions": versions,
     }
-
-
-def _run_stages(
-    prepared: Prepared, blocks: TokenBlocks | None, staged: StagedCheckpoint, reporter: Reporter, *, resume: bool
-) -> list[StageResult]:
-    """Run the stages in order; each reads its blocks from the shards of the one before.
-
-    Every stage but the last works in a folder of its own beside OUT, so that a killed run finds its shards again.
-    """
-    names = shard_names(prepared)
-    results = []
-    for position, plan in enumerate(prepared.plans):
-        samples = blocks.ids if blocks is not None and plan.needs_data else None
-        if position == len(prepared.plans) - 1:
-            form = _form(prepared.recipe) if is_packed(prepared) else None
-            results.append(prune_stage(prepared.model, plan, samples, staged, names, reporter, form))
-        else:
-            with _intermediate(staged.out, staged.run_id, position, resume=resume) as work:
-                results.append(prune_stage(prepared.model, plan, samples, work, names, reporter))
-    return results
-
-
-def _form(recipe: Recipe) -> Form:
-    layout, encoding = recipe.save.format, recipe.save.values
-    return Form(None if layout == "auto" else Layout(layout), None if encoding == "auto" else Encoding(encoding))
-
-
-def _intermediate(out: Path, run_id: str, position: int, *, resume: bool) -> StagedCheckpoint:
-    folder = out.with_name(f"{out.name}.stage-{position}")
-    return StagedCheckpoint.open(folder, {"run": run_id, "stage": position}, overwrite=True, resume=resume)
-
-
-def _evaluation_text(prepared: Prepared) -> TextSpec:
-    spec = prepared.recipe.evaluate
-    length = min(spec.sequence_length or 2048, prepared.source.max_length)
-    return TextSpec(source=spec.text, samples=spec.samples, sequence_length=length)
-
-
-def _check_evaluation(prepared: Prepared, reporter: Reporter) -> None:
-    """Find out before the work, not after it, that text, tokenizer or tasks of the evaluation are missing."""
-    source = prepared.source
-    text = _evaluation_text(prepared)
-    load_blocks(text, source.tokenizer, model_max_length=source.max_length, part="held_out", reporter=reporter)
-    if prepared.recipe.evaluate.tasks:
-        find_tasks(prepared.recipe.evaluate.tasks, reporter=reporter)
-
-
-def _evaluate(prepared: Prepared, staged: StagedCheckpoint, reporter: Reporter) -> EvaluationReport:
-    """Measure the staged checkpoint, under the name it will have, against the dense model."""
-    source = prepared.source
-    name = staged.out.name
-
-    def open_for_evaluation(wanted: str) -> tuple[Any, Any]:
-        trust = source.trust_remote_code
-        opened = open_model(str(staged.folder), reporter, trust_remote_code=trust) if wanted == name else source
-        return opened.load(), source.tokenizer
-
-    request = EvaluationRequest(
-        model=name,
-        baseline=source.label,
-        text=_evaluation_text(prepared),
-        tasks=prepared.recipe.evaluate.tasks,
-        open_model=open_for_evaluation,
-        reporter=reporter,
-    )
-    return evaluate(request)

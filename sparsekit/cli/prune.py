@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,12 @@ def prune(
     evaluate: Annotated[
         bool, typer.Option("--evaluate/--no-evaluate", help="Measure the result against the dense model.")
     ] = True,
+    nulls: Annotated[
+        str,
+        typer.Option(
+            "--nulls", metavar="LIST", help="Prune again for comparison: uniform (allocation), random (masks), or both."
+        ),
+    ] = "",
     dtype: Dtype = "auto",
     seed: Seed = None,
     revision: Revision = None,
@@ -47,6 +54,8 @@ def prune(
     from sparsekit.recipe.load import load_recipe
 
     changes = [*(overrides or ()), *([f"calibration.seed={seed}"] if seed is not None else [])]
+    if nulls:
+        changes.append(f"evaluate.nulls={dumps([null.strip() for null in nulls.split(',')])}")
     chosen = load_recipe(recipe, changes)
     from sparsekit.models.source import open_model
     from sparsekit.prepared import default_out, prepare
@@ -111,7 +120,14 @@ def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:
     render.emit(f"disk    {bytes_text(cost['disk_bytes'])}")
     if cost["seconds"] is not None:
         render.emit(f"time    about {seconds_text(cost['seconds'])} for {cost['tokens']:,} calibration tokens")
+    for name, more in plan["nulls"].items():
+        render.emit(f"null    {name}: {_null_cost(more)}")
     render.emit(f"output  {plan['out']}")
+
+
+def _null_cost(cost: dict[str, Any]) -> str:
+    time = f"about {seconds_text(cost['seconds'])}, " if cost["seconds"] is not None else ""
+    return f"the run once more, {time}{bytes_text(cost['disk_bytes'])} of disk meanwhile, and its perplexity"
 
 
 def _share(kind: dict[str, Any]) -> str:

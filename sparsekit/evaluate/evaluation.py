@@ -80,6 +80,23 @@ class TaskRow:
 
 
 @dataclass(frozen=True)
+class NullScore:
+    """What a null of the recipe reaches on the same text.
+
+    Attributes:
+        name: `uniform` or `random`.
+        perplexity: Infinite where its outputs are not finite.
+        stderr: Its standard error; None for a single block.
+        ratio: Perplexity over that of the baseline.
+    """
+
+    name: str
+    perplexity: float
+    stderr: float | None
+    ratio: float
+
+
+@dataclass(frozen=True)
 class EvaluationReport:
     """What was measured, on what.
 
@@ -93,6 +110,7 @@ class EvaluationReport:
         tokens_available: Tokens the text source holds; None for a stream.
         limit: Documents per task at most.
         num_fewshot: Examples in each prompt as asked for; None means as the task says.
+        nulls: What the recipe is compared with.
     """
 
     model: str
@@ -104,6 +122,7 @@ class EvaluationReport:
     tokens_available: int | None
     limit: int | None
     num_fewshot: int | None
+    nulls: tuple[NullScore, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values; infinite numbers become the text "inf", which JSON can hold."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from sparsekit.evaluate.evaluation import EvaluationReport, TaskRow
+from sparsekit.recipe.nulls import NULLS
 
 WIDTH = 80
 
@@ -55,14 +56,11 @@ def _compared(report: EvaluationReport) -> list[list[str]]:
     both = report.comparison
     if both is None:
         return []
-    ratio = f"x {_plain(both.ratio)}"
+    baseline = _number(both.baseline.perplexity, both.baseline.stderr)
+    measured = [("perplexity", both.model.perplexity, both.model.stderr, both.ratio)]
+    measured += [(f"  null {null.name}", null.perplexity, null.stderr, null.ratio) for null in report.nulls]
     return [
-        [
-            "perplexity",
-            _number(both.baseline.perplexity, both.baseline.stderr),
-            _number(both.model.perplexity, both.model.stderr),
-            ratio,
-        ],
+        *([name, baseline, _number(value, stderr), f"x {_plain(ratio)}"] for name, value, stderr, ratio in measured),
         [
             "loss, nats/token",
             _number(both.baseline.loss, None),
@@ -87,6 +85,7 @@ def _notes(report: EvaluationReport) -> list[str]:
     if report.perplexity is not None:
         text = report.perplexity
         notes.append(f"text: {text.source}; {text.tokens:,} tokens, sequence length {text.sequence_length:,}")
+    notes += [f"null {null.name}: {NULLS[null.name]}" for null in report.nulls]
     if report.tasks:
         limit = f"first {report.limit} documents of each task" if report.limit else "all documents"
         shots = "as the task says" if report.num_fewshot is None else str(report.num_fewshot)

@@ -35,6 +35,7 @@ from sparsekit.pattern import NM, parse_pattern
 
 _ROUNDED = 1e-3
 Selectors = TypeVar("Selectors", tuple[str, ...], dict[str, float])
+Null = Literal["uniform", "random"]
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
@@ -193,6 +194,17 @@ class EvaluateSpec(Section):
         default=512, ge=8, description="tokens per sample; null: the model's maximum, at most 2048"
     )
     tasks: tuple[str, ...] = Field(default=(), description="lm-eval tasks")
+    nulls: tuple[Null, ...] = Field(
+        default=(),
+        description="run again for comparison: uniform (instead of the allocation), random (instead of the pruner)",
+    )
+
+    @field_validator("nulls")
+    @classmethod
+    def _once(cls, nulls: tuple[Null, ...]) -> tuple[Null, ...]:
+        if len(set(nulls)) < len(nulls):
+            raise ValueError(f"names {next(null for null in nulls if nulls.count(null) > 1)!r} twice")
+        return nulls
 
 
 class Gates(Section):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.recipe.load import dump_yaml
+from sparsekit.report.errors import error_table
 from sparsekit.report.scores import ScoreTable, score_table
 from sparsekit.report.summary import Summary, summarise
 from sparsekit.report.text import Scrubber, is_hub_id, is_packed, number, percent
@@ -129,7 +130,8 @@ def _body(report: Mapping[str, Any], source: SourceCard) -> str:
         fenced(_command(report, clean), "bash"),
         "## What it cost",
         _scores(report, clean),
-        "## Blocks",
+        "## What changed",
+        _kinds(summary),
         _blocks(summary),
         "## How to load",
         *_loading(report),
@@ -224,6 +226,15 @@ def _score_rows(found: ScoreTable) -> str:
     )
 
 
+def _kinds(summary: Summary) -> str:
+    header, rows, meaning = error_table(summary)
+    rows = [[code(name) if name != "all" else name, *cells] for name, *cells in rows]
+    return (
+        "Relative squared error, mean over matrices weighted by size; without the inputs' gram matrix the output error "
+        f"takes inputs as uncorrelated. {meaning}\n\n{table(header, rows)}"
+    )
+
+
 def _blocks(summary: Summary) -> str:
     rows = []
     for index, group in summary.by_block().items():
@@ -238,10 +249,7 @@ def _blocks(summary: Summary) -> str:
             ]
         )
     header = ["block", "sparsity", "weight error", "output error", "most changed"]
-    return (
-        "Relative squared error, mean over the block's pruned matrices weighted by size; the output error takes inputs "
-        f"as uncorrelated. Every matrix, with charts: `report.html`.\n\n{table(header, rows)}"
-    )
+    return f"The same by block; every matrix, with charts, is in `report.html`.\n\n{table(header, rows)}"
 
 
 def _limits(report: Mapping[str, Any], summary: Summary) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from sparsekit.recipe.load import dump_yaml
 from sparsekit.report import charts
 from sparsekit.report.card import hub_id, scrubber
+from sparsekit.report.errors import error_table
 from sparsekit.report.scores import score_table
 from sparsekit.report.summary import Summary, one_line, summarise
 from sparsekit.report.text import TIMES, Scrubber, is_packed, number, percent, short, to_float
@@ -29,7 +30,7 @@ def html_page(report: Mapping[str, Any]) -> str:
     source = importlib.resources.files("sparsekit.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     clean = scrubber(report)
     summary = summarise(report)
-    measure, worst = summary.worst(_WORST)
+    kinds_header, kinds, kinds_meaning = error_table(summary)
     lines = (charts.line_chart(summary, name) for name in ("output_error", "weight_error"))
     maps = (charts.heat_map(summary, name) for name in charts.MEASURES)
     return environment.from_string(source).render(
@@ -42,8 +43,11 @@ def html_page(report: Mapping[str, Any]) -> str:
         lines=[chart for chart in lines if chart],
         maps=[chart for chart in maps if chart],
         width=charts.WIDTH,
-        worst=[_linear_row(linear) for linear in worst],
-        worst_measure={"output_error": "output error", "weight_error": "weight error"}[measure],
+        kinds_header=kinds_header,
+        kinds=kinds,
+        kinds_meaning=kinds_meaning,
+        worst=[_linear_row(linear) for linear in summary.worst(_WORST)],
+        worst_measure=summary.measure.replace("_", " "),
         blocks=_block_rows(summary),
         facts=_facts(report, summary, clean),
         ignored=[name for stage in report["stages"] for name in stage["ignored"]],
@@ -74,7 +78,12 @@ def _tiles(report: Mapping[str, Any], summary: Summary) -> list[tuple[str, str, 
             for value in (comparison["baseline"]["perplexity"], comparison["model"]["perplexity"], comparison["ratio"])
         )
         if base is not None and pruned is not None and ratio is not None:
-            tiles.append(("Perplexity", f"{TIMES} {short(ratio)}", f"{short(base)} before, {short(pruned)} after"))
+            nulls = "".join(
+                f"; {null['name']} {TIMES} {short(float(null['ratio']))}"
+                for null in report["evaluation"].get("nulls", [])
+            )
+            remark = f"{short(base)} before, {short(pruned)} after{nulls}"
+            tiles.append(("Perplexity", f"{TIMES} {short(ratio)}", remark))
     room = "" if is_packed(report) else "; zeros in dense tensors still take room"
     tiles.append(("Files", bytes_text(after), f"{bytes_text(before)} before{room}"))
     memory = f"peak memory {bytes_text(report['peak_memory_bytes'])}"

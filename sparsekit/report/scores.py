@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sparsekit.recipe.nulls import NULLS
 from sparsekit.report.text import ABSENT, TIMES, number, to_float, with_error
 
 
@@ -37,7 +38,11 @@ def score_table(evaluation: Mapping[str, Any] | None) -> ScoreTable | None:
     if not evaluation:
         return None
     comparison = evaluation.get("comparison")
-    rows = _text_rows(comparison, evaluation.get("perplexity")) + [_task(row) for row in evaluation["tasks"]]
+    rows = _text_rows(comparison, evaluation.get("perplexity"))
+    if comparison:
+        base = _perplexity(comparison["baseline"])
+        rows[1:1] = [_null(null, base) for null in evaluation.get("nulls", [])]
+    rows += [_task(row) for row in evaluation["tasks"]]
     compared = evaluation.get("baseline") is not None
     return ScoreTable(tuple(rows), tuple(_notes(evaluation, compared)), compared) if rows else None
 
@@ -67,6 +72,11 @@ def _text_rows(comparison: Mapping[str, Any] | None, alone: Mapping[str, Any] | 
             ABSENT,
         ),
     ]
+
+
+def _null(null: Mapping[str, Any], base: str) -> ScoreRow:
+    name = f"Perplexity of null {null['name']}"
+    return ScoreRow(name, "", base, _perplexity(null), f"{TIMES} {number(to_float(null['ratio']))}")
 
 
 def _perplexity(facts: Mapping[str, Any]) -> str:
@@ -101,6 +111,7 @@ def _notes(evaluation: Mapping[str, Any], compared: bool) -> list[str]:
             f"Tasks: lm-eval, {f'first {limit:,} documents of each' if limit else 'all documents'}, "
             f"{'examples in the prompt as the task says' if shots is None else f'{shots} examples in the prompt'}."
         )
+    notes += [f"Null {null['name']}: {NULLS[null['name']]}." for null in evaluation.get("nulls", [])]
     paired = " Differences are paired by block and by document." if compared else ""
     notes.append(f"± is one standard error.{paired}")
     return notes

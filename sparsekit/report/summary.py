@@ -28,6 +28,10 @@ class LinearResult:
         weight_error: Squared change of the weights over their squares.
         output_error: The same for the outputs; without a gram matrix inputs are taken as uncorrelated, without
             calibration text it is None.
+        random_error: What the output error is expected to be with a random mask of as many weights; the weight error
+            where there is no output error.
+        uniform_error: The same error at the stage's average sparsity; None where that is no cheap thing to know, or
+            the stage is uniform.
     """
 
     name: str
@@ -37,6 +41,8 @@ class LinearResult:
     numel: int
     weight_error: float | None
     output_error: float | None
+    random_error: float | None = None
+    uniform_error: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -46,7 +52,7 @@ class LinearResult:
 
 @dataclass(frozen=True)
 class Group:
-    """Several linears together: of one block, of one kind, or of both; errors are means weighted by size."""
+    """Several linears together: of one block, of one kind, of both, or all; errors are means weighted by size."""
 
     linears: tuple[LinearResult, ...]
 
@@ -61,7 +67,7 @@ class Group:
         return 1 - sum(linear.kept for linear in self.linears) / self.numel
 
     def mean(self, measure: str) -> float | None:
-        """Return the mean of `sparsity`, `weight_error` or `output_error`, weighted by size; None if unknown."""
+        """Return the mean of `sparsity` or of an error, weighted by size; None if unknown."""
         if measure == "sparsity":
             return self.sparsity
         known = [(getattr(linear, measure), linear.numel) for linear in self.linears]
@@ -88,9 +94,20 @@ class Summary:
     coverage: float
 
     @property
+    def whole(self) -> Group:
+        """All targets together."""
+        return Group(self.linears)
+
+    @property
     def sparsity(self) -> float:
         """Fraction of zeros in all targets."""
-        return Group(self.linears).sparsity
+        return self.whole.sparsity
+
+    @property
+    def measure(self) -> str:
+        """The error to look at: of the outputs where it was measured, else of the weights."""
+        measured = any(linear.output_error is not None for linear in self.linears)
+        return "output_error" if measured else "weight_error"
 
     @property
     def with_zeros(self) -> int:
@@ -105,12 +122,16 @@ class Summary:
         """Return the linears of each kind, in the order a block runs them."""
         return _grouped(self.linears, "kind")
 
-    def worst(self, count: int) -> tuple[str, list[LinearResult]]:
-        """Return the measure and the `count` linears that changed most by it."""
-        measured = any(linear.output_error is not None for linear in self.linears)
-        measure = "output_error" if measured else "weight_error"
-        ranked = [linear for linear in self.linears if getattr(linear, measure) is not None]
-        return measure, sorted(ranked, key=lambda linear: -getattr(linear, measure))[:count]
+    def worst(self, count: int) -> list[LinearResult]:
+        """Return the `count` linears that changed most by `measure`."""
+        known = [linear for linear in self.linears if getattr(linear, self.measure) is not None]
+        return sorted(known, key=lambda linear: -getattr(linear, self.measure))[:count]
+
+    def errors(self) -> dict[str, dict[str, Any]]:
+        """Return, for report.json, the mean errors of each kind and of all, with those of the nulls beside them."""
+        measures = ("sparsity", "weight_error", "output_error", "random_error", "uniform_error")
+        groups = {**self.by_kind(), "all": self.whole}
+        return {kind: {measure: group.mean(measure) for measure in measures} for kind, group in groups.items()}
 
 
 def summarise(report: Mapping[str, Any]) -> Summary:
@@ -148,13 +169,20 @@ def one_line(report: Mapping[str, Any], out: Path | str | None = None) -> str:
         dense, pruned = (to_float(comparison[key]["perplexity"]) for key in ("baseline", "model"))
         ratio = to_float(comparison["ratio"])
         if dense is not None and pruned is not None and ratio is not None:
-            times = f"{ratio:.2f}x" if ratio < 99.995 or math.isinf(ratio) else f"{short(ratio)}x"
-            parts.append(f"perplexity {short(dense)} -> {short(pruned)} ({times})")
+            nulls = "".join(
+                f"; {null['name']} {short(float(null['perplexity']))} ({_times(float(null['ratio']))})"
+                for null in evaluation.get("nulls", [])
+            )
+            parts.append(f"perplexity {short(dense)} -> {short(pruned)} ({_times(ratio)}){nulls}")
     elif evaluation.get("perplexity"):
         parts.append(f"perplexity {short(float(evaluation['perplexity']['perplexity']))}")
     if out is not None:
         parts.append(str(out))
     return ", ".join(parts)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 99.995 or math.isinf(ratio) else f"{short(ratio)}x"
 
 
 def _linear(name: str, facts: Mapping[str, Any]) -> LinearResult:
@@ -167,8 +195,20 @@ def _linear(name: str, facts: Mapping[str, Any]) -> LinearResult:
         kept=int(facts["kept"]),
         numel=int(facts["numel"]),
         weight_error=to_float(facts.get("weight_error")),
-        output_error=to_float(facts.get("output_error", facts.get("output_error_diagonal"))),
+        output_error=_output_error(facts),
+        random_error=_null_error(facts, "random"),
+        uniform_error=_null_error(facts, "uniform"),
     )
+
+
+def _output_error(facts: Mapping[str, Any]) -> float | None:
+    return to_float(facts.get("output_error", facts.get("output_error_diagonal")))
+
+
+def _null_error(facts: Mapping[str, Any], null: str) -> float | None:
+    found = facts.get("nulls", {}).get(null, {})
+    measured = _output_error(found)
+    return to_float(found.get("weight_error")) if measured is None else measured
 
 
 def _grouped(linears: Iterable[LinearResult], key: str) -> dict[Any, Group]:

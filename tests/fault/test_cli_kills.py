@@ -180,3 +180,26 @@ def test_hash_seed_threads_and_interruptions_change_nothing(
             assert interrupt(nursery, wanda(model, broken), broken, signal.SIGKILL).code == -signal.SIGKILL
             assert nursery.run(wanda(model, broken)).code == 0
             assert identity(broken) == identity(reference[0])
+
+
+def test_killed_in_a_null(model: Path, nursery: Nursery, tmp_path: Path) -> None:
+    """The null goes on with its blocks, and its folders go with the next run that ends, whatever that run is."""
+    out = tmp_path / "out"
+    arguments = [word for word in wanda(model, out, "--nulls", "random") if word != "--no-evaluate"]
+
+    def killed_in_the_null() -> None:
+        child = nursery.start(arguments)
+        wait_for(lambda: begun(tmp_path / "out.null-random"))
+        os.kill(child.pid, signal.SIGKILL)
+        assert nursery.collect(child).code == -signal.SIGKILL
+
+    killed_in_the_null()
+    assert any(name.startswith("out.null-random") for name in leftovers(out))
+    ended = nursery.run(arguments)
+    assert ended.code == 0, ended.err
+    assert "; random " in ended.out
+    assert leftovers(out) == ["out"]
+    shutil.rmtree(out)
+    killed_in_the_null()
+    assert nursery.run(wanda(model, out, "--no-resume")).code == 0
+    assert leftovers(out) == ["out"]
