@@ -24,9 +24,7 @@ PART = 512
 """Groups whose channels are assigned together: time grows with its square for each, with its cube in the worst case."""
 _TINY = 1e-30
 _ELEMENTS = 1 << 20  # scores ranked at a time
-_GAIN = (
-    1e-3  # a round over all slots that gains less of the score is the last: later ones find a hundredth of the first
-)
+_GAIN = 1e-3  # a round over all slots that gains less of the score is the last; the first gains some 1e-2
 
 
 def best_order(score: Tensor, pattern: NM, sets: Tensor, *, part: int = PART) -> Tensor:
@@ -82,15 +80,15 @@ def _best_of_set(score: Tensor, pattern: NM, part: int) -> Tensor:
     """Return the order of the channels of one set; `score: [rows, size]`."""
     stay, dealt = torch.arange(score.shape[1]), snake(score, pattern.of)
     start = max(stay, dealt, key=lambda order: kept_score(score, pattern, order))
-    groups = start.reshape(-1, pattern.of)
-    return torch.cat([_assign(score, some, pattern) for some in torch.split(groups, part)]).reshape(-1)
+    channels = score.T.contiguous().div_(score.max().clamp_min(_TINY))  # [size, rows]; sums over rows stay in range
+    parts = torch.split(start.reshape(-1, pattern.of), part)
+    return torch.cat([_assign(score, channels, some, pattern) for some in parts]).reshape(-1)
 
 
-def _assign(score: Tensor, groups: Tensor, pattern: NM) -> Tensor:
+def _assign(score: Tensor, channels: Tensor, groups: Tensor, pattern: NM) -> Tensor:
     """Assign the channels of `groups: [groups, M]` slot by slot while it gains; return the new groups."""
     from scipy.optimize import linear_sum_assignment
 
-    channels = score.T.contiguous().div_(score.max().clamp_min(_TINY))  # [in, rows]; sums over rows stay in range
     kept = kept_score(score, pattern, groups.reshape(-1))
     while pattern.keep < pattern.of:
         before = kept
