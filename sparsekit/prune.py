@@ -136,10 +136,9 @@ def _prune_block(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """Prune the targets of one block in place; return facts for the journal, the changed tensors and their masks."""
     targets = [linear for linear in visit.linears if linear.name in budgets]
-    stats = visit.collect(targets, plan.needs) if targets else {}
-    order = Reordered(stats, {}, set())
+    order = Reordered(visit.collect(targets, plan.needs) if targets else {}, {}, set())
     if plan.pruner.permutes and isinstance(plan.pattern, NM):
-        order = permute_block(model, visit.index, plan.pruner, plan.pattern, stats)
+        order = permute_block(model, visit.index, plan.pruner, plan.pattern, order.stats)
     linears: dict[str, dict[str, Any]] = {}
     keeps: dict[str, Tensor] = {}
     for linear in targets:
