@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsekit.budget import distribute
+from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.contracts import AllocationContext, LinearInfo, Stats, WholeModel
 from sparsekit.errors import PlanError, SparsekitError
 from sparsekit.lazy import torch
@@ -30,7 +32,17 @@ class Allocation:
     facts: dict[str, dict[str, float]]
 
 
-def allocate(plan: StagePlan, model: LazyModel, samples: Tensor | None, reporter: Reporter) -> Allocation:
+@dataclass(frozen=True)
+class Workspace:
+    """Where an allocator may keep files, and what they belong to: all but the allocator's own options."""
+
+    folder: Path
+    identity: Mapping[str, JSON]
+
+
+def allocate(
+    plan: StagePlan, model: LazyModel, samples: Tensor | None, reporter: Reporter, workspace: Workspace | None = None
+) -> Allocation:
     """Distribute a stage's budget; `samples` are calibration ids [samples, sequence_length].
 
     Raises:
@@ -45,13 +57,27 @@ def allocate(plan: StagePlan, model: LazyModel, samples: Tensor | None, reporter
         probes = plan.allocator.probes()
         if probes is None or samples is None:
             raise SparsekitError(f"allocator {type(plan.allocator).__name__} asks for losses without naming its probes")
+        ids = samples[: probes.samples, : probes.sequence_length]
+        if probes.own_dtype:
+            yield LoadedModel(model, ids, lambda: None, model.dtype)
+            return
         task = f"allocate: losses on {probes.samples} x {probes.sequence_length} tokens"
         reporter.start(task, len(plan.free), "linears")
-        ids = samples[: probes.samples, : probes.sequence_length]
         yield LoadedModel(model, ids, lambda: reporter.advance(task))
         reporter.finish(task)
 
-    return _asked(plan, AllocationContext(plan.free, plan.pattern, visit, plan.pruner, whole))
+    context = AllocationContext(
+        plan.free,
+        plan.pattern,
+        visit,
+        plan.pruner,
+        whole,
+        reporter=reporter,
+        folder=workspace.folder if workspace else None,
+        identity=workspace.identity if workspace else {},
+        dtype=model.dtype,
+    )
+    return _asked(plan, context)
 
 
 def allocate_unseen(plan: StagePlan) -> dict[str, float]:

@@ -11,13 +11,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.pattern import NM, Pattern
+from sparsekit.progress import Reporter, Silent
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -112,15 +116,27 @@ class Method(ABC, Generic[Options]):
 
 @dataclass(frozen=True)
 class Probes:
-    """Calibration text that losses of the dense model, or their gradients, are computed on."""
+    """Calibration text that losses of the dense model, their gradients, or predictions of changed ones are computed on.
+
+    Attributes:
+        samples, sequence_length: The text.
+        own_dtype: Compute in the model's own dtype, several times faster, instead of float32, where a loss answers to
+            changes that rounding would hide.
+        searched_tokens, searched_seconds: What a search runs through the model, for the estimate; one of both.
+    """
 
     samples: int
     sequence_length: int
+    own_dtype: bool = False
+    searched_tokens: int = 0
+    searched_seconds: float = 0.0
 
 
 class LayerPruner(Method[Options]):
     """Chooses which weights of a linear stay, and may change the ones that do."""
 
+    nested: ClassVar[bool] = False
+    """Whether a level keeps only what every denser level of the same `fit` keeps, with the same values."""
     tokens: ClassVar[TokenNeed | None] = None
     """Calibration tokens that `fit` must or should have."""
 
@@ -184,11 +200,19 @@ class WeightUpdate(Method[Options]):
 
 
 class WholeModel(ABC):
-    """All of the dense model in memory, in float32, and some calibration samples."""
+    """All of the dense model in memory, and some calibration samples; in float32, unless its probes say otherwise."""
 
     @abstractmethod
     def weight(self, linear: LinearInfo) -> Tensor:
-        """Return the weight of a linear, [out, in] float32, read only."""
+        """Return the weight of a linear as it is now, [out, in], read only."""
+
+    @abstractmethod
+    def replace(self, linear: LinearInfo, weight: Tensor) -> None:
+        """Give a linear `weight: [out, in]` until it is replaced again."""
+
+    @abstractmethod
+    def logits(self, sample: int) -> Tensor:
+        """Return what the model as it is now predicts, [sequence_length, vocabulary]; threads may ask side by side."""
 
     @abstractmethod
     def loss(self, linear: LinearInfo, weight: Tensor, sample: int) -> float:
@@ -212,6 +236,14 @@ class AllocationContext:
     """Load the whole model with the samples of `Allocator.probes`."""
     facts: dict[str, dict[str, float]] = field(default_factory=dict)
     """For the report: quantity -> block, linear or `all` -> value, few enough to read."""
+    reporter: Reporter = field(default_factory=Silent)
+    """Told how a long allocation goes on."""
+    folder: Path | None = None
+    """Where an allocator may keep files; a run that is given the same folder again finds them. None: it keeps none."""
+    identity: Mapping[str, JSON] = field(default_factory=dict)
+    """What the model, the calibration text and the stage's pruner are, for files that outlive the run."""
+    dtype: torch.dtype | None = None
+    """What the model is stored in; None: float32."""
 
 
 class Allocator(Method[Options]):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BASE_MEMORY_BYTES = 700 << 20  # Python, torch and transformers themselves
+PREDICTION_BYTES = 6 * 512  # for each position: the likeliest tokens of the dense model and their probabilities
 FACTOR_COPIES = 6  # of a gram matrix while it is factored or decomposed and used; 4.2 to 5.4 measured
 
 
@@ -274,7 +275,7 @@ def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequenc
 
 
 def _whole_bytes(model: LazyModel, plan: StagePlan) -> int:
-    """Return the memory of the model in float32, with the logits and hidden states of the allocator's probes."""
+    """Return the memory of the whole model, with the logits and hidden states of the allocator's probes."""
     probes = plan.allocator.probes()
     if probes is None:
         return 0
@@ -282,6 +283,10 @@ def _whole_bytes(model: LazyModel, plan: StagePlan) -> int:
     hidden = int(getattr(model.module.config, "hidden_size", 0) or 0)
     largest_linear = max(linear.numel for linear in plan.targets)
     logits = 3 * probes.sequence_length * model.vocabulary  # and their softmax and its logarithm
+    if probes.own_dtype:  # with a dense copy of the targets, and the predictions that are compared
+        item = torch.empty(0, dtype=model.dtype).element_size()
+        predictions = probes.samples * probes.sequence_length * PREDICTION_BYTES
+        return item * (parameters + plan.numel) + 4 * logits + predictions
     return 4 * (parameters + logits + 2 * probes.samples * probes.sequence_length * hidden + 3 * largest_linear)
 
 
@@ -411,10 +416,16 @@ def _forward_seconds(model: LazyModel, plans: Sequence[StagePlan], tokens: int, 
     per_multiply = (time.perf_counter() - start) / rounds / (linear.numel * sequence_length)
     walks = (2 * plan.reads_inputs(plan.needs) + plan.reads_inputs(plan.allocator.needs) for plan in plans)
     forwards: float = sum(walks) * tokens
+    searched = 0.0
     for plan in plans:
         if probes := plan.pruner.probes():  # three times forwards, twice back to the inputs, once to the weights
             forwards += 6 * probes.samples * probes.sequence_length
-        if probes := plan.allocator.probes():  # two losses per linear and sample, each on average half of the blocks
+        if (probes := plan.allocator.probes()) is None:
+            continue
+        if probes.own_dtype:
+            forwards += probes.searched_tokens
+            searched += probes.searched_seconds
+        else:  # two losses per linear and sample, each on average half of the blocks
             forwards += len(plan.free) * probes.samples * probes.sequence_length
     # Attention, norms and selection cost about as much again as half the linears.
-    return 1.5 * forwards * model.stack.matrix_weights() * per_multiply
+    return searched + 1.5 * forwards * model.stack.matrix_weights() * per_multiply

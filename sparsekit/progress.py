@@ -17,6 +17,9 @@ class Reporter(Protocol):
     def advance(self, task: str, amount: int = 1) -> None:
         """`amount` more units of `task` are done."""
 
+    def tell(self, task: str, text: str) -> None:
+        """What `task` has found so far, in a few words that replace the ones before."""
+
     def finish(self, task: str) -> None:
         """`task` is over."""
 
@@ -31,6 +34,9 @@ class Silent:
         """Show nothing."""
 
     def advance(self, task: str, amount: int = 1) -> None:
+        """Show nothing."""
+
+    def tell(self, task: str, text: str) -> None:
         """Show nothing."""
 
     def finish(self, task: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekit import masks
-from sparsekit.allocation import Allocation, allocate, densities, uniform_counts
+from sparsekit.allocation import Allocation, Workspace, allocate, densities, uniform_counts
 from sparsekit.checkpoint.safetensors_file import RawTensor, read_header
 from sparsekit.checkpoint.staging import StagedCheckpoint
 from sparsekit.contracts import Level, Stat
@@ -70,6 +70,7 @@ def prune_stage(
     shard_names: Sequence[str],
     reporter: Reporter,
     form: Form | None = None,
+    workspace: Workspace | None = None,
 ) -> StageResult:
     """Prune every block of `model` and write its shards into `staged`.
 
@@ -81,8 +82,9 @@ def prune_stage(
         shard_names: File name per block.
         reporter: Told about every block.
         form: How pruned tensors are packed; None leaves them dense.
+        workspace: Where the allocator may keep files.
     """
-    allocation = _journalled_allocation(staged) or allocate(plan, model, samples, reporter)
+    allocation = _journalled_allocation(staged) or allocate(plan, model, samples, reporter, workspace)
     budgets, uniform = allocation.counts, uniform_counts(plan)
     linears: dict[str, dict[str, Any]] = {}
     tensors: dict[str, dict[str, Any]] = {}

@@ -66,6 +66,7 @@ def execute(
     overwrite: bool = False,
     resume: bool = True,
     evaluation: bool = True,
+    database: Path | None = None,
     command: Sequence[str] = (),
 ) -> Outcome:
     """Run a prepared recipe and commit the checkpoint to `out`.
@@ -77,6 +78,7 @@ def execute(
         overwrite: Replace a non-empty `out`.
         resume: Go on with an interrupted run of the same recipe, model, data and versions; False discards it.
         evaluation: Measure the pruned model against the dense one as the recipe says.
+        database: Where searches keep what they measure, for other searches; None keeps it until the run has finished.
         command: What the user typed, for the model card.
 
     Raises:
@@ -103,7 +105,7 @@ def execute(
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         return Outcome(out, report, missed_gates=tuple(report["missed_gates"]), already_finished=True)
     with StagedCheckpoint.open(out, identity, overwrite=overwrite, resume=resume) as staged:
-        results = run_stages(prepared, blocks, staged, reporter, resume=resume)
+        results = run_stages(prepared, blocks, staged, reporter, resume=resume, database=database)
         scores = measure(prepared, staged, reporter) if evaluation else None
         if scores:
             scores = with_nulls(scores, prepared, blocks, staged, reporter, resume=resume)
@@ -189,7 +191,7 @@ def _require_memory(prepared: Prepared, *, evaluation: bool) -> None:
     """Refuse before the work what would be killed in the middle of it, or at its end."""
     require_memory(
         BASE_MEMORY_BYTES + prepared.cost.whole_bytes,
-        "the whole model in float32, which an allocator measures losses of,",
+        "the whole model, which an allocator measures changes of,",
         "Choose an allocator that reads one block at a time, such as owl, or use a machine with more memory.",
     )
     for name, null in prepared.nulls.items():

@@ -11,11 +11,12 @@ import typer
 
 from sparsekit.cli import render
 from sparsekit.cli.options import Dtype, Json, Quiet, RecipeName, Revision, Seed, Set, TrustRemoteCode, Verbose
-from sparsekit.errors import GateMissed
+from sparsekit.errors import GateMissed, UsageError
 from sparsekit.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from sparsekit.prepared import Prepared
+    from sparsekit.recipe.schema import Recipe
 
 
 def prune(
@@ -32,6 +33,18 @@ def prune(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run, or discard it.")
     ] = True,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", metavar="AMOUNT", help="What a search may spend: 10min, 2h or 20Mtokens; default: the recipe's."
+        ),
+    ] = None,
+    database: Annotated[
+        Path | None,
+        typer.Option(
+            "--database", metavar="DIR", help="Keep what a search measures of each linear, for other searches."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty OUT.")] = False,
     evaluate: Annotated[
         bool, typer.Option("--evaluate/--no-evaluate", help="Measure the result against the dense model.")
@@ -57,6 +70,8 @@ def prune(
     if nulls:
         changes.append(f"evaluate.nulls={dumps([null.strip() for null in nulls.split(',')])}")
     chosen = load_recipe(recipe, changes)
+    if budget is not None:
+        chosen = load_recipe(recipe, [*changes, *_search_budgets(chosen, budget)])
     from sparsekit.models.source import open_model
     from sparsekit.prepared import default_out, prepare
     from sparsekit.run import execute
@@ -75,6 +90,7 @@ def prune(
             overwrite=overwrite,
             resume=resume,
             evaluation=evaluate,
+            database=database,
             command=("sparsekit", *sys.argv[1:]),
         )
     from sparsekit.evaluate.table import render_table
@@ -94,6 +110,21 @@ def prune(
                 "; ".join(outcome.missed_gates), where=str(outcome.out), hint="The checkpoint was written all the same."
             )
         )
+
+
+def _search_budgets(recipe: Recipe, budget: str) -> list[str]:
+    """Return the changes that give every search of a recipe this budget.
+
+    Raises:
+        UsageError: Nothing in it searches.
+    """
+    searches = [n for n, stage in enumerate(recipe.stages) if "budget" in type(stage.allocate).model_fields]
+    if not searches:
+        raise UsageError(
+            f"--budget limits a search, {recipe.name} has none",
+            hint="Use a recipe that searches, such as evopress-70, or leave --budget out.",
+        )
+    return [f"stages.{position}.allocate.budget={budget}" for position in searches]
 
 
 def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:

@@ -149,6 +149,7 @@ class BarReporter:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._tasks: dict[str, tuple[TaskID, int, int | None, str]] = {}
+        self._told: dict[str, str] = {}
 
     def start(self, task: str, total: int | None, unit: str) -> None:
         """Show a bar for the step; a bar of the same name is replaced."""
@@ -161,7 +162,12 @@ class BarReporter:
         """Move the step's bar."""
         identity, done, total, unit = self._tasks[task]
         self._tasks[task] = (identity, done + amount, total, unit)
-        self._progress.update(identity, advance=amount, amount=_amount(done + amount, total, unit))
+        text = _amount(done + amount, total, unit) + self._told.get(task, "")
+        self._progress.update(identity, advance=amount, amount=text)
+
+    def tell(self, task: str, text: str) -> None:
+        """Show the words beside the amount, from the next one on."""
+        self._told[task] = f", {printable(text)}"
 
     def finish(self, task: str) -> None:
         """Stop the step's clock; the bar stays as a record."""
@@ -199,7 +205,11 @@ class LineReporter:
         if step.total:
             left = (now - step.started_at) / step.done * (step.total - step.done)
             text += f" ({100 * step.done / step.total:.0f} %), {seconds_text(left)} left"
-        self.note(text)
+        self.note(text + step.told)
+
+    def tell(self, task: str, text: str) -> None:
+        """Put the words at the end of the step's lines."""
+        self._tasks[task].told = f", {text}"
 
     def finish(self, task: str) -> None:
         """Print how much was done in what time; once."""
@@ -207,7 +217,7 @@ class LineReporter:
         if step is None:
             return
         done = f"{step.done} {step.unit}" if step.done == step.total else _amount(step.done, step.total, step.unit)
-        self.note(f"{task}: {done} in {seconds_text(self._clock() - step.started_at)}")
+        self.note(f"{task}: {done} in {seconds_text(self._clock() - step.started_at)}{step.told}")
 
     def close(self) -> None:
         """Finish what an error left open: now, before the error is shown, not when its generator is collected."""
@@ -224,6 +234,7 @@ class _Step:
         self.total = total
         self.unit = unit
         self.done = self.printed = 0
+        self.told = ""
         self.started_at = self.printed_at = now
 
 

@@ -1,4 +1,4 @@
-"""A model whole in memory, in float32, for losses with one linear changed.
+"""A model whole in memory, for losses with one linear changed, and for predictions with many.
 
 What lies before the changed block does not depend on the change. So the inputs of the block at work are kept, and
 only this block and those behind it run for a loss: on average half of the model.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.contracts import LinearInfo, WholeModel
-from sparsekit.errors import NonFinite
+from sparsekit.errors import NonFinite, SparsekitError
 from sparsekit.lazy import torch
 from sparsekit.models.capture import capture, return_template, run_block
 from sparsekit.models.lazy_model import LazyModel
@@ -21,17 +21,20 @@ if TYPE_CHECKING:
 
 
 class LoadedModel(WholeModel):
-    """All of a lazy model, as a copy in float32: rounding would be as large as the differences of losses."""
+    """All of a lazy model, as a copy."""
 
-    def __init__(self, model: LazyModel, ids: Tensor, advance: Callable[[], None]) -> None:
+    def __init__(
+        self, model: LazyModel, ids: Tensor, advance: Callable[[], None], dtype: torch.dtype | None = None
+    ) -> None:
         """Load the model.
 
         Args:
             model: What to load; it stays as it is.
-            ids: Samples of which losses are asked for, [samples, sequence_length].
-            advance: Called whenever a linear is changed for the first time.
+            ids: Samples that are asked for, [samples, sequence_length].
+            advance: Called whenever the loss of a linear is asked for, for the first time.
+            dtype: What it computes in; None is float32, since rounding would be as large as the differences of losses.
         """
-        self._model = model.in_dtype(torch.float32)
+        self._model = model.in_dtype(dtype or torch.float32)
         self._ids = ids
         self._advance = advance
         self._changed: set[str] = set()
@@ -40,14 +43,24 @@ class LoadedModel(WholeModel):
         for index in range(self._model.blocks):
             self._model.load_block(index)
             self._linears |= {linear.name: linear for linear in self._model.stack.linears(index)}
-        self._embedded, self._calls = capture(self._model, ids, lambda: None)
-        self._returned = return_template(self._model, ids[:1, :8])
         self._at = 0
-        self._inputs = self._embedded  # of block `_at`, per sample
+        self._inputs: list[Tensor] = []  # of block `_at`, per sample; once a loss has been asked for
 
     def weight(self, linear: LinearInfo) -> Tensor:
-        """Return the weight of a linear, [out, in] float32, read only."""
+        """Return the weight of a linear as it is now, [out, in], read only."""
         return self._linears[linear.name].weight()
+
+    def replace(self, linear: LinearInfo, weight: Tensor) -> None:
+        """Give a linear `weight: [out, in]` until it is replaced again; losses, which keep inputs, see dense ones."""
+        if self._inputs:
+            raise SparsekitError("a weight was replaced after losses of single linears were asked for")
+        self._linears[linear.name].replace(weight)
+
+    def logits(self, sample: int) -> Tensor:
+        """Return what the model as it is now predicts, [sequence_length, vocabulary]."""
+        with torch.no_grad():
+            out: Tensor = self._model.module(input_ids=self._ids[sample][None], use_cache=False).logits[0]
+        return out
 
     def loss(self, linear: LinearInfo, weight: Tensor, sample: int) -> float:
         """Return the mean loss of a sample with `weight: [out, in]` in place; the linear's own is back bit for bit."""
@@ -68,6 +81,10 @@ class LoadedModel(WholeModel):
 
     def _seek(self, block: int) -> None:
         """Make `block` the one whose inputs are at hand."""
+        if not self._inputs:
+            self._embedded, self._calls = capture(self._model, self._ids, lambda: None)
+            self._returned = return_template(self._model, self._ids[:1, :8])
+            self._inputs = self._embedded
         if block < self._at:
             self._at, self._inputs = 0, self._embedded
         while self._at < block:

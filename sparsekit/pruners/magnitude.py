@@ -30,6 +30,7 @@ class Magnitude(LayerPruner[MagnitudeOptions]):
     """Keep the weights of largest magnitude."""
 
     options_type = MagnitudeOptions
+    nested = True
 
     def fit(self, linear: LinearInfo, weight: Tensor, stats: Stats) -> Level:
         """Score every weight by its magnitude."""

@@ -32,6 +32,7 @@ class Random(LayerPruner[RandomOptions]):
     """Keep weights drawn uniformly from (seed, linear name)."""
 
     options_type = RandomOptions
+    nested = True
 
     def fit(self, linear: LinearInfo, weight: Tensor, stats: Stats) -> Level:
         """Draw one score per weight."""

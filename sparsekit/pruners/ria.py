@@ -49,6 +49,7 @@ class RIA(LayerPruner[RIAOptions]):
     """Keep the weights of largest relative importance times a power of the input norm."""
 
     options_type = RIAOptions
+    nested = True
     needs = frozenset({"sumsq"})
 
     def fit(self, linear: LinearInfo, weight: Tensor, stats: Stats) -> Level:

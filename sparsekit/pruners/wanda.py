@@ -33,6 +33,7 @@ class Wanda(LayerPruner[WandaOptions]):
     """Keep the weights of largest magnitude times input norm."""
 
     options_type = WandaOptions
+    nested = True
     needs = frozenset({"sumsq"})
 
     def fit(self, linear: LinearInfo, weight: Tensor, stats: Stats) -> Level:

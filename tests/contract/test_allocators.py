@@ -22,27 +22,44 @@ class Quadratic(WholeModel):
 
     def __init__(self, weights, samples=32):
         self.weights = weights
+        self.now = dict(weights)
         generator = torch.Generator().manual_seed(5)
         self.targets = {
             name: torch.randn(samples, *weight.shape, generator=generator) * (1 + int(name[0]))
             for name, weight in weights.items()
         }
+        self.inputs = {
+            name: torch.randn(8, 4, weight.shape[1], generator=generator) for name, weight in weights.items()
+        }
 
     def weight(self, linear):
         return self.weights[linear.name]
+
+    def replace(self, linear, weight):
+        self.now[linear.name] = weight
+
+    def logits(self, sample):
+        """Four positions whose vocabulary are the outputs of all linears."""
+        return torch.cat([self.inputs[name][sample % 8] @ weight.T for name, weight in self.now.items()], dim=1)
 
     def loss(self, linear, weight, sample):
         return float((weight.double() - self.targets[linear.name][sample].double()).square().sum() / 2)
 
 
-def problem(pattern=None, linears=LINEARS):
+@pytest.fixture
+def problem(tmp_path):
+    """Return what makes a problem for an allocator."""
+    return lambda pattern=None, linears=LINEARS: make_problem(tmp_path, pattern, linears)
+
+
+def make_problem(folder, pattern, linears):
     generator = torch.Generator().manual_seed(0)
     weights = {
         linear.name: torch.randn(linear.out_features, linear.in_features, generator=generator) * (1 + linear.block)
         for linear in linears
     }
     inputs = {linear.name: torch.randn(60, linear.in_features, generator=generator).exp() for linear in linears}
-    return context(linears, weights, inputs, pattern=pattern, whole=Quadratic(weights))
+    return context(linears, weights, inputs, pattern=pattern, whole=Quadratic(weights), folder=folder)
 
 
 def refused(name, pattern):
@@ -52,7 +69,7 @@ def refused(name, pattern):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern", [Unstructured(), Block(4, 2)], ids=str)
 @pytest.mark.parametrize("sparsity", [0, 0.01, 0.3, 0.5, 0.7, 0.99, 1])
-def test_every_linear_once_sum_exact_whole_units(name, pattern, sparsity):
+def test_every_linear_once_sum_exact_whole_units(problem, name, pattern, sparsity):
     total = budget.total(LINEARS, pattern, sparsity)
     if refused(name, pattern):
         with pytest.raises(PlanError, match="ranks single weights"):
@@ -67,7 +84,7 @@ def test_every_linear_once_sum_exact_whole_units(name, pattern, sparsity):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_results_repeat_and_what_is_looked_at_stays(name):
+def test_results_repeat_and_what_is_looked_at_stays(problem, name):
     seen = problem()
     total = budget.total(LINEARS, Unstructured(), 0.6)
     before = {linear.name: weight.clone() for linear, weight, _ in seen.visit(frozenset())}
@@ -77,13 +94,13 @@ def test_results_repeat_and_what_is_looked_at_stays(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_one_linear_gets_everything(name):
+def test_one_linear_gets_everything(problem, name):
     counts = allocator(name).allocate(problem(linears=LINEARS[:1]), 77)
     assert counts == {"0.0": 77}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_it_says_of_itself_is_true(name):
+def test_what_it_says_of_itself_is_true(problem, name):
     """`looks`, `needs` and `probes` decide what a dry run shows and whether text is read at all."""
     method = allocator(name)
     total = budget.total(LINEARS, Unstructured(), 0.6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from sparsekit import registry
@@ -19,6 +20,7 @@ def context(
     pattern: Pattern | None = None,
     pruner: str = "wanda",
     whole: WholeModel | None = None,
+    folder: Path | None = None,
 ) -> AllocationContext:
     """Return what an allocator sees of `linears` with `weights` [out, in] and `inputs` [tokens, in] per name."""
 
@@ -36,7 +38,8 @@ def context(
         yield whole
 
     method = registry.load("pruners", pruner)
-    return AllocationContext(linears, pattern or Unstructured(), visit, method(method.options_type(), 0), load)
+    chosen = method(method.options_type(), 0)
+    return AllocationContext(linears, pattern or Unstructured(), visit, chosen, load, folder=folder)
 
 
 def allocator(name: str, seed: int = 0, **options: Any) -> Any:

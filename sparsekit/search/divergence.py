@@ -1,0 +1,70 @@
+"""How far a model's predictions are from the dense model's: KL over the dense model's likeliest tokens.
+
+    KL(p || q) = sum over the k likeliest tokens of p (log p - log q) + P (log P - log Q)
+
+where P and Q are the masses of all other tokens, one bucket. Keeping k = 512 of 128,000 tokens takes 3 KB per position
+instead of 512; by the log sum inequality the result is never above the full divergence.
+Source: Kullback & Leibler 1951; as a fitness in Sieberling et al. 2024, "EvoPress", arXiv 2410.14649.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparsekit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_POSITIONS = 128  # whose probabilities over the whole vocabulary are in float32 at a time
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the dense model predicts at each position.
+
+    Attributes:
+        tokens: The k likeliest, [positions, k] int32.
+        log_p: Their logarithmic probabilities, [positions, k] float16.
+        log_tail: Logarithmic probability of all others together, [positions] float32; -inf where k is all there are.
+    """
+
+    tokens: Tensor
+    log_p: Tensor
+    log_tail: Tensor
+
+
+def reference(logits: Tensor, top: int) -> Reference:
+    """Keep the `top` likeliest tokens of `logits: [positions, vocabulary]`."""
+    tokens, log_p, tails = [], [], []
+    for part in torch.split(logits, _POSITIONS):
+        log = torch.log_softmax(part.float(), dim=1)
+        best = log.topk(min(top, log.shape[1]), dim=1)
+        kept = best.values.half()
+        tokens.append(best.indices.int())
+        log_p.append(kept)
+        tails.append(_rest(kept.float()) if kept.shape[1] < log.shape[1] else torch.full((len(log),), -torch.inf))
+    return Reference(torch.cat(tokens), torch.cat(log_p), torch.cat(tails))
+
+
+def divergence(dense: Reference, logits: Tensor) -> float:
+    """Return the mean KL of `logits: [positions, vocabulary]` from the dense model's, nats per position."""
+    total = 0.0
+    for first in range(0, len(logits), _POSITIONS):
+        part = logits[first : first + _POSITIONS].float()
+        span = slice(first, first + len(part))
+        log_q = part.gather(1, dense.tokens[span].long()) - part.logsumexp(dim=1, keepdim=True)
+        log_p = dense.log_p[span].float()
+        total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+        tail = dense.log_tail[span]
+        has_tail = torch.isfinite(tail)
+        if bool(has_tail.any()):
+            missing = (tail - _rest(log_q))[has_tail]
+            total += float((tail[has_tail].exp() * missing).sum(dtype=torch.float64))
+    return total / len(logits)
+
+
+def _rest(log: Tensor) -> Tensor:
+    """Return log(1 - sum of exp(log)) along the last dimension, not below what float32 resolves."""
+    return (1 - log.exp().sum(dim=-1)).clamp_min(1e-7).log()
