@@ -43,6 +43,8 @@ def context(
 
 
 def allocator(name: str, seed: int = 0, **options: Any) -> Any:
-    """Return an allocator with its options."""
+    """Return an allocator with its options; a search is short unless they say otherwise."""
     method = registry.load("allocate", name)
+    if "generations" in method.options_type.model_fields:
+        options = {"generations": 2, "offspring": 3, "tokens": (512, 1024), "samples": 8, **options}
     return method(method.options_type(**options), seed)
