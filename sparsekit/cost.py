@@ -47,7 +47,8 @@ def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequenc
     )
     tokens = samples * sequence_length
     hidden = int(getattr(model.module.config, "hidden_size", 0) or 0)
-    memory = BASE_MEMORY_BYTES + largest_block * (item + 1) + largest_linear * 16
+    copies = 16 + 8 * any(plan.pruner.permutes for plan in plans)  # bytes a weight
+    memory = BASE_MEMORY_BYTES + largest_block * (item + 1) + largest_linear * copies
     memory += max(_statistics_bytes(plan) + _factor_bytes(plan) for plan in plans)
     if tokens:
         memory += max(tokens * hidden * item + largest_block * item, outer)
