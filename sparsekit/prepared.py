@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sparsekit.cost import Cost, estimate
 from sparsekit.errors import PlanError
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.source import ModelSource
 from sparsekit.pattern import Block
-from sparsekit.plan import Cost, StagePlan, check_probes, check_tokens, estimate, plan_stage
+from sparsekit.plan import StagePlan, check_probes, check_tokens, plan_stage
 from sparsekit.recipe.nulls import null_recipe
 from sparsekit.recipe.schema import Recipe
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from sparsekit.contracts import LayerPruner, Level, LinearInfo, MethodOptions, Probes, Pruned, Stats
-from sparsekit.masks import Group, select, zeroed
+from sparsekit.masks import Group, ranked, select, zeroed
 from sparsekit.pattern import Pattern
 from sparsekit.solve.fisher import BlockFisher
 from sparsekit.stats.grad import Grad
@@ -62,16 +62,14 @@ class MFAC(LayerPruner[MFACOptions]):
             return self._unseen(weight)
         diagonal = fisher.inverse_diagonal()  # times lam, which ranks all weights alike
         score = (weight / diagonal.sqrt()).abs_().float()  # the root of eq. 1: blocks sum squares
+        if self.options.compensate == "none":
+            return ranked(weight, score, self.options.group)
 
         def at(pattern: Pattern, budget: int) -> Pruned:
             keep = select(score, pattern, budget, self.options.group)
-            if self.options.compensate == "joint":
-                moved = fisher.joint(weight, keep)
-            elif self.options.compensate == "single":
-                moved = fisher.single(weight, keep, diagonal)
-            else:
-                moved = weight
-            return Pruned(zeroed(moved, keep), keep)
+            if self.options.compensate == "single":
+                return Pruned(zeroed(fisher.single(weight, keep, diagonal), keep), keep)
+            return Pruned(zeroed(fisher.joint(weight, keep), keep), keep)
 
         return at
 

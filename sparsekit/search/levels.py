@@ -26,7 +26,6 @@ from sparsekit.errors import ChecksumError, ResumeMismatch, SparsekitError
 from sparsekit.lazy import torch
 from sparsekit.masks import zeroed
 from sparsekit.models.raw import read_raw, to_raw, torch_dtype
-from sparsekit.pack.bits import pack_mask, place, select, unpack_mask
 from sparsekit.pattern import Pattern
 from sparsekit.search.grid import Grid
 
@@ -148,6 +147,8 @@ class LevelDatabase:
         position = self.grid.highest[linear.name] - level
         if entry.facts["nested"]:
             return zeroed(dense, _read(path, "number") > position)
+        from sparsekit.pack.bits import place, unpack_mask  # imports numpy, which listing the methods does without
+
         keep = unpack_mask(_read(path, f"keep.{position}"), linear.in_features)
         values = _read(path, f"values.{position}")
         return place(values.view(_bits(values.dtype)), keep).view(values.dtype).to(dense.dtype)
@@ -186,6 +187,8 @@ def _numbers(name: str, dense: Tensor, at: Level, pattern: Pattern, counts: list
 
 def _separate(dtype: torch.dtype, at: Level, pattern: Pattern, counts: list[int]) -> dict[str, Tensor]:
     """Return mask and kept values of every level."""
+    from sparsekit.pack.bits import pack_mask, select
+
     parts = {}
     for position, count in enumerate(counts):
         pruned = at(pattern, count)

@@ -27,7 +27,7 @@ class BlockFisher:
     """F of one linear, in float64."""
 
     def __init__(self, gradients: Sequence[Tensor], damping: float, size: int) -> None:
-        """Note the gradients; nothing of their size is copied.
+        """Note the gradients; they are copied only where a linear is stored transposed.
 
         Args:
             gradients: m times [out, in], float32.
@@ -46,11 +46,17 @@ class BlockFisher:
         return self.lam == 0
 
     def inverse_diagonal(self) -> Tensor:
-        """Return lam times the diagonal of F^-1, [out, in] float64: in (0, 1], 1 where all gradients are zero."""
+        """Return lam times the diagonal of F^-1, [out, in] float64: in (0, 1], 1 where all gradients are zero.
+
+        Raises:
+            NumericalError: lam is lost in rounding; so do the updates.
+        """
 
         def diagonal(g: Tensor) -> Tensor:
             half: Tensor = torch.linalg.solve_triangular(self._factor(g), g, upper=False)  # [blocks, m, size]
-            return 1 - half.square_().sum(dim=1)
+            rest = 1 - half.square_().sum(dim=1)
+            self._require(bool((rest > 0).all()), g)
+            return rest
 
         return self._each(diagonal)
 
@@ -95,12 +101,15 @@ class BlockFisher:
         s.diagonal(dim1=1, dim2=2).add_(len(self._gradients) * self.lam)
         factor: Tensor
         factor, info = torch.linalg.cholesky_ex(s)
-        if bool(info.any()):
+        self._require(not info.any(), g)
+        return factor
+
+    def _require(self, sound: bool, g: Tensor) -> None:
+        if not sound:
             raise NumericalError(
-                f"the Fisher matrix of {g.shape[2]} weights has no Cholesky factor with lambda {self.lam:.3g}",
+                f"the Fisher matrix of {g.shape[2]} weights has no inverse in float64 with lambda {self.lam:.3g}",
                 hint="Raise the method's damping.",
             )
-        return factor
 
     def _each(self, work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Call `work(g, *parts)` for some blocks at a time; return its results [blocks, size] as one [out, in].

@@ -193,7 +193,8 @@ def test_no_gradient_is_magnitude_pruning_with_a_note():
     assert got.notes == ("no sample has a gradient here: ranked by magnitude",)
 
 
-def test_damping_that_is_lost_in_rounding_is_refused():
+@pytest.mark.parametrize(("damping", "size"), [(1e-300, IN), (1e-17, 7), (1e-17, 3)])
+def test_damping_that_is_lost_in_rounding_is_refused(damping, size):
     weight, gradients = problem()
-    with pytest.raises(NumericalError, match=r"no Cholesky factor with lambda .* Raise the method's damping"):
-        pruned(weight, gradients + gradients, damping=1e-300)
+    with pytest.raises(NumericalError, match=r"no inverse in float64 with lambda .* Raise the method's damping"):
+        pruned(weight, gradients + gradients, damping=damping, block=size)
