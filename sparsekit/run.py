@@ -194,10 +194,6 @@ def _require_memory(prepared: Prepared, *, evaluation: bool) -> None:
         "the whole model, which an allocator measures changes of,",
         "Choose an allocator that reads one block at a time, such as owl, or use a machine with more memory.",
     )
-    for name, null in prepared.nulls.items():
-        require_memory(
-            null.cost.memory_bytes, f"the null {name}", "Leave the null out, or use a machine with more memory."
-        )
     require_memory(
         BASE_MEMORY_BYTES + prepared.cost.gradient_bytes,
         "the gradients of all samples, which a pruner needs for one block after the other,",
@@ -209,6 +205,10 @@ def _require_memory(prepared: Prepared, *, evaluation: bool) -> None:
         "the run",
         "Lower calibration.samples or calibration.sequence_length, or use a machine with more memory.",
     )
+    for name, null in prepared.nulls.items():
+        require_memory(
+            null.cost.memory_bytes, f"the null {name}", "Leave the null out, or use a machine with more memory."
+        )
     if evaluation:
         require_memory(
             BASE_MEMORY_BYTES + 2 * prepared.source.weights.total_bytes,

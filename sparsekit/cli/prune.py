@@ -158,7 +158,7 @@ def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:
 
 def _null_cost(cost: dict[str, Any]) -> str:
     time = f"about {seconds_text(cost['seconds'])}, " if cost["seconds"] is not None else ""
-    return f"the run once more, {time}{bytes_text(cost['disk_bytes'])} of disk meanwhile, and its perplexity"
+    return f"the run again, {time}{bytes_text(cost['disk_bytes'])} of disk meanwhile"
 
 
 def _share(kind: dict[str, Any]) -> str:

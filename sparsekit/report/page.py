@@ -79,7 +79,7 @@ def _tiles(report: Mapping[str, Any], summary: Summary) -> list[tuple[str, str, 
         )
         if base is not None and pruned is not None and ratio is not None:
             nulls = "".join(
-                f"; {null['name']} {TIMES} {short(float(null['ratio']))}"
+                f"; {null['name']} {TIMES}\N{NO-BREAK SPACE}{short(float(null['ratio']))}"
                 for null in report["evaluation"].get("nulls", [])
             )
             remark = f"{short(base)} before, {short(pruned)} after{nulls}"

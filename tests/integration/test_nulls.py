@@ -19,6 +19,7 @@ from sparsekit.progress import Silent
 from sparsekit.recipe.load import load_recipe
 from sparsekit.recipe.nulls import null_recipe
 from sparsekit.report import one_line
+from tests.fault.command import check_refusal, invoke, prune_arguments
 from tests.support import tiny
 
 SMALL = [
@@ -150,6 +151,23 @@ def test_a_dry_run_tells_what_nulls_cost(llama, tmp_path):
     plan = describe_plan(prepared(llama, "wanda-50", [DEPTH, BOTH]), tmp_path / "out")
     assert plan["nulls"]["uniform"]["disk_bytes"] == plan["cost"]["disk_bytes"]
     assert plan["nulls"]["random"]["tokens"] == 0  # neither masks nor this allocation read text
+    ended = invoke(*prune_arguments(llama, tmp_path / "out", "--nulls", "random", "--dry-run", recipe="wanda-50"))
+    assert ended.code == 0, ended.err
+    (line,) = (line for line in ended.out.splitlines() if line.startswith("null"))
+    assert line == "null    random: the run again, 16.8 MB of disk meanwhile"
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("unifrom", "evaluate.nulls.0: must be one of uniform, random, got 'unifrom'; did you mean 'uniform'?"),
+        ("random,random", "evaluate.nulls: names 'random' twice"),
+        ("random,", "evaluate.nulls.1: must be one of uniform, random, got ''"),
+        ("[random", "evaluate.nulls.0: must be one of uniform, random, got '[random'"),
+    ],
+)
+def test_bad_values_are_refused(value, says, llama, tmp_path):
+    check_refusal(invoke(*prune_arguments(llama, tmp_path / "out", "--nulls", value)), 2, says)
 
 
 def test_disk_for_a_null_is_asked_for_before_the_work(llama, tmp_path, monkeypatch):
