@@ -30,6 +30,7 @@ from sparsekit.search.grid import make_grid
 from sparsekit.search.layers import LayerSearch, SearchOptions, layer_search, null
 from sparsekit.search.saved import SavedSearch
 from sparsekit.search.switches import Levels, Switches
+from sparsekit.search.verdict import verdict
 
 Null = Literal["uniform", "owl", "dp", "random_search"]
 
@@ -89,6 +90,8 @@ class Evopress(Allocator[EvopressOptions]):
         context.facts["level"] = {name: float(level) for name, level in zip(search.names, best, strict=True)}
         context.facts["fitness_by_generation"] = {str(number): value for number, value in saved.history.items()}
         context.facts["divergence_from_dense"] = found
+        context.reporter.note(f"search: {verdict('evopress', found)}")
+        context.facts["generations"] = {"all": float(schedule.generations)}
         context.facts["tokens_searched"] = {"all": float(spent * self.options.sequence_length)}
         return search.counts(best)
 

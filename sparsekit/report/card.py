@@ -12,6 +12,7 @@ from typing import Any
 from sparsekit.recipe.load import dump_yaml
 from sparsekit.report.errors import error_table
 from sparsekit.report.scores import ScoreTable, score_table
+from sparsekit.report.search import search_panels
 from sparsekit.report.summary import Summary, summarise
 from sparsekit.report.text import Scrubber, is_hub_id, is_packed, number, percent
 from sparsekit.units import bytes_text, seconds_text
@@ -130,6 +131,7 @@ def _body(report: Mapping[str, Any], source: SourceCard) -> str:
         fenced(_command(report, clean), "bash"),
         "## What it cost",
         _scores(report, clean),
+        *[panel.verdict for panel in search_panels(report)],
         "## What changed",
         _kinds(summary),
         _blocks(summary),

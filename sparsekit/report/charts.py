@@ -12,11 +12,15 @@ from sparsekit.report.text import number
 WIDTH = 960
 """Of every chart, in SVG units."""
 
+LINE_LEFT = 64
+"""Room for the numbers of an axis."""
+RIGHT = 14
+"""Margin."""
+LINE_HEIGHT = 190
+"""Of the part of a line chart that holds the line."""
+
 _LEFT = 190  # room for the names of linears
-_LINE_LEFT = 64  # room for the numbers of an axis
-_RIGHT = 14
 _LABELS = 24  # height of the block numbers below
-_LINE_HEIGHT = 190
 _TITLES = {
     "sparsity": "Sparsity",
     "weight_error": "Weight error",
@@ -87,7 +91,7 @@ def heat_map(summary: Summary, measure: str) -> HeatMap | None:
     if measure == "sparsity" and high - low < 0.0005:
         remark = f"{number(low)} everywhere"
         low, high = 0.0, 1.0  # nothing to tell apart: show it on the whole scale
-    step = (WIDTH - _LEFT - _RIGHT) / len(blocks)
+    step = (WIDTH - _LEFT - RIGHT) / len(blocks)
     row = 26.0 if len(kinds) <= 16 else 18.0
     cells = []
     for (block, kind), value in values.items():
@@ -128,11 +132,11 @@ def line_chart(summary: Summary, measure: str) -> LineChart | None:
         return None
     ticks = axis(max(limits[1] for _, _, limits in known))
     top = ticks[-1]
-    step = (WIDTH - _LINE_LEFT - _RIGHT) / len(known)
-    xs = [_LINE_LEFT + step * (i + 0.5) for i in range(len(known))]
+    step = (WIDTH - LINE_LEFT - RIGHT) / len(known)
+    xs = [LINE_LEFT + step * (i + 0.5) for i in range(len(known))]
 
     def y(value: float) -> float:
-        return round(10 + _LINE_HEIGHT * (1 - value / top), 2)
+        return round(10 + LINE_HEIGHT * (1 - value / top), 2)
 
     upper = [f"{x:.1f},{y(limits[1])}" for x, (_, _, limits) in zip(xs, known, strict=True)]
     lower = [f"{x:.1f},{y(limits[0])}" for x, (_, _, limits) in zip(xs, known, strict=True)]
@@ -150,12 +154,12 @@ def line_chart(summary: Summary, measure: str) -> LineChart | None:
     return LineChart(
         measure,
         _TITLES[measure],
-        _LINE_HEIGHT + 10 + _LABELS,
+        LINE_HEIGHT + 10 + _LABELS,
         " ".join(f"{point.x},{point.y}" for point in points),
         " ".join([*upper, *reversed(lower)]),
         tuple(points),
-        tuple(Mark(_LINE_LEFT, y(tick), f"{tick:g}") for tick in ticks),
-        _block_marks([block for block, _, _ in known], step, _LINE_LEFT, _LINE_HEIGHT + 28),
+        tuple(Mark(LINE_LEFT, y(tick), f"{tick:g}") for tick in ticks),
+        _block_marks([block for block, _, _ in known], step, LINE_LEFT, LINE_HEIGHT + 28),
     )
 
 

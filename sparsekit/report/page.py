@@ -12,6 +12,7 @@ from sparsekit.report import charts
 from sparsekit.report.card import hub_id, scrubber
 from sparsekit.report.errors import error_table
 from sparsekit.report.scores import score_table
+from sparsekit.report.search import search_panels
 from sparsekit.report.summary import Summary, one_line, summarise
 from sparsekit.report.text import TIMES, Scrubber, is_packed, number, percent, short, to_float
 from sparsekit.units import bytes_text, seconds_text
@@ -43,6 +44,7 @@ def html_page(report: Mapping[str, Any]) -> str:
         lines=[chart for chart in lines if chart],
         maps=[chart for chart in maps if chart],
         width=charts.WIDTH,
+        searches=search_panels(report),
         kinds_header=kinds_header,
         kinds=kinds,
         kinds_meaning=kinds_meaning,
