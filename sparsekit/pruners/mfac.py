@@ -13,7 +13,7 @@ Deviations: the inverse comes from a Cholesky factor of m x m numbers instead of
     multiple of the mean of F's diagonal, where the paper has 1e-5 for all models: mean squares of gradients are 1e-8
     in a q_proj and 3e-5 in the v_proj beside it. Each linear has its own budget; the paper ranks the whole model.
     Gradients are those of the dense model, whatever `propagate` says.
-Numbers: SmolLM2-135M see docs/results.md.
+Numbers: SmolLM2-135M at 50 % 1.82 times the dense perplexity, as Wanda; SparseGPT 1.40 (docs/results.md).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MFACOptions(MethodOptions):
     samples: int = Field(default=64, ge=2, description="m, calibration samples with a gradient each")
     sequence_length: int = Field(default=128, ge=8, description="tokens of each sample")
     damping: float = Field(default=1.0, gt=0, description="lambda, as a multiple of the mean of F's diagonal")
-    block: int = Field(default=1024, ge=1, description="weights of one diagonal block of F, along the rows")
+    block: int = Field(default=128, ge=1, description="weights of one diagonal block of F, along the rows")
     compensate: Literal["joint", "single", "none"] = Field(default="joint", description="how the kept weights move")
     group: Group = "linear"
 
