@@ -3,14 +3,15 @@
 What it does: begins at uniform sparsity; every generation tries offspring that move a few steps of weights from one
     linear to another, compares them on few and then on more tokens by their divergence from the dense model, and keeps
     what is better. Layer errors do not add up to the model's loss, so the model itself is asked.
-Source: Sieberling et al. 2024, "EvoPress: Towards Optimal Dynamic Model Compression via Evolutionary Search", arXiv
-    2410.14649, algorithm 1.
+Source: Sieberling et al. 2024, "EvoPress: Towards Optimal Dynamic Model Compression via Evolutionary Search",
+    arXiv 2410.14649, algorithm 1.
 Shapes: linears -> kept counts.
 Cost: one pruning of each dense linear at 2 levels + 1 counts, stored as one byte per weight; the model twice in memory
     in its own dtype; tokens as the options say, 16 x 512 + 8,192 per generation by default.
-Deviations: linears never exchange with themselves; the last stage is the same tokens in all generations, so the best
-    never gets worse; the divergence keeps the dense model's 512 likeliest tokens and one bucket for the others. Levels
-    are those of the pruner on dense inputs, before a refiner or an update.
+Deviations: half of the offspring exchange steps between whole blocks; linears never exchange with themselves; the last
+    stage is the same tokens in all generations, so the best never gets worse; the divergence keeps the dense model's
+    512 likeliest tokens and one bucket for the others. Levels are those of the pruner on dense inputs, before a refiner
+    or an update.
 Numbers: 70 %, WikiText-2, uniform / OWL / EvoPress: Llama-3-8B 85.84, 48.07, 28.76; Mistral-7B 23.08, 17.22, 14.42
     (SparseGPT). SmolLM2-135M see docs/results.md.
 """
@@ -18,15 +19,14 @@ Numbers: 70 %, WikiText-2, uniform / OWL / EvoPress: Llama-3-8B 85.84, 48.07, 28
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 
 from sparsekit import registry
 from sparsekit.contracts import AllocationContext, Allocator, Probes
-from sparsekit.search.budget import parse_budget
-from sparsekit.search.evolution import Schedule, evolve, random_search
-from sparsekit.search.grid import make_grid
+from sparsekit.search.evolution import Schedule, evolve
 from sparsekit.search.layers import LayerSearch, SearchOptions, layer_search, null
 from sparsekit.search.saved import SavedSearch
 from sparsekit.search.switches import Levels, Switches
@@ -39,6 +39,9 @@ class EvopressOptions(SearchOptions):
     """Options of `evopress`."""
 
     switches: int = Field(default=3, ge=1, description="most exchanges between a parent and its offspring")
+    whole_blocks: float = Field(
+        default=0.5, ge=0, le=1, description="share of offspring that exchange steps between whole blocks; published: 0"
+    )
     nulls: tuple[Null, ...] = Field(
         default=("uniform", "owl", "random_search"),
         description="what the result is compared with on the tokens of the last stage; random_search spends as many "
@@ -65,17 +68,15 @@ class Evopress(Allocator[EvopressOptions]):
     def allocate(self, context: AllocationContext, budget: int) -> dict[str, int]:
         """Search, compare with the nulls, report."""
         began = time.perf_counter()
-        options = self.options
-        grid = make_grid(context.linears, budget, context.pattern.unit, levels=options.levels, span=options.span)
+        grid = self.options.grid(context, budget)
         if grid.rigid:
-            context.reporter.note("search: no two linears can exchange weights, uniform is all there is")
             return dict(grid.uniform)
         nulls = {
             name: null(name, context, budget, self.seed)
             for name in self.options.nulls
             if name not in ("uniform", "random_search")
         }
-        with layer_search(context, options, grid) as search:
+        with layer_search(context, self.options, grid) as search:
             saved = self._saved(context)
             schedule = self._schedule(search, saved, time.perf_counter() - began)
             best, spent = self._evolve(context, search, saved, schedule)
@@ -86,7 +87,8 @@ class Evopress(Allocator[EvopressOptions]):
             if "uniform" in self.options.nulls:
                 found["uniform"] = search.landscape.fitness([(0,) * len(best)], fixed)[0]
             if "random_search" in self.options.nulls:
-                found["random_search"] = self._random(context, search, schedule, spent)
+                draw = self._mutation(context, search).draw
+                found["random_search"] = search.random(context, draw, schedule, spent, self.seed)[1]
         context.facts["level"] = {name: float(level) for name, level in zip(search.names, best, strict=True)}
         context.facts["fitness_by_generation"] = {str(number): value for number, value in saved.history.items()}
         context.facts["divergence_from_dense"] = found
@@ -101,16 +103,12 @@ class Evopress(Allocator[EvopressOptions]):
 
     def _schedule(self, search: LayerSearch, saved: SavedSearch, passed_seconds: float) -> Schedule:
         """Return the stages, with as many generations as the budget leaves; an interrupted search keeps its number."""
-        whole = self.options.schedule()
-        generations = self.options.generations
-        if self.options.budget is not None:
-            limit = parse_budget(self.options.budget)
-            tokens = limit.tokens
-            if tokens is None:
-                assert limit.seconds is not None  # noqa: S101  (one of both is given)
-                tokens = int(max(limit.seconds - passed_seconds, 0) * search.tokens_per_second)
-            generations = self.options.affordable(tokens, self._searches())
-        return Schedule(saved.decide(generations), whole.offspring, whole.stages, whole.pool)
+        schedule = search.schedule(self.options, passed_seconds, self._searches())
+        return replace(schedule, generations=saved.decide(schedule.generations))
+
+    def _mutation(self, context: AllocationContext, search: LayerSearch) -> Switches:
+        options = self.options
+        return Switches(search.grid, context.linears, most=options.switches, whole_blocks=options.whole_blocks)
 
     def _searches(self) -> int:
         """Return how many searches share the budget: this one, and a random one of as many tokens."""
@@ -128,7 +126,7 @@ class Evopress(Allocator[EvopressOptions]):
             f"about {tokens / speed:.0f} s at {speed:,.0f} tokens/s"
         )
         uniform = (0,) * len(search.names)
-        mutation = Switches(search.grid, search.names, self.options.switches)
+        mutation = self._mutation(context, search)
         begun = saved.last
         reporter.start(task, schedule.generations, "generations")
         done = 0
@@ -142,13 +140,3 @@ class Evopress(Allocator[EvopressOptions]):
                 done = found.number
         reporter.finish(task)
         return found.best, found.samples
-
-    def _random(self, context: AllocationContext, search: LayerSearch, schedule: Schedule, samples: int) -> float:
-        """Return the fitness of the best of as many samples spent on independent choices."""
-        reporter, task = context.reporter, "search: random choices, for comparison"
-        reporter.start(task, samples, "samples")
-        search.landscape.tick = lambda count: reporter.advance(task, count)
-        draw = Switches(search.grid, search.names, self.options.switches).draw
-        _, fitness = random_search(draw, search.landscape, schedule, samples, self.seed)
-        reporter.finish(task)
-        return fitness

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from random import Random
 from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -22,8 +23,8 @@ from sparsekit.lazy import torch
 from sparsekit.progress import Reporter, track
 from sparsekit.search.budget import parse_budget
 from sparsekit.search.divergence import Reference, divergence, reference
-from sparsekit.search.evolution import Schedule, Stage
-from sparsekit.search.grid import Grid
+from sparsekit.search.evolution import Schedule, Stage, random_search
+from sparsekit.search.grid import Grid, make_grid
 from sparsekit.search.levels import LevelDatabase
 from sparsekit.search.switches import Levels
 from sparsekit.units import bytes_text
@@ -76,6 +77,13 @@ class SearchOptions(MethodOptions):
         stages = tuple(Stage(*pair) for pair in zip(self.survivors, samples, strict=True))
         return Schedule(self.generations, self.offspring, stages, self.samples)
 
+    def grid(self, context: AllocationContext, budget: int) -> Grid:
+        """Return the levels of the linears; where they cannot be exchanged, say so."""
+        found = make_grid(context.linears, budget, context.pattern.unit, levels=self.levels, span=self.span)
+        if found.rigid:
+            context.reporter.note("search: no two linears can exchange weights, uniform is all there is")
+        return found
+
     def affordable(self, tokens: int, searches: int) -> int:
         """Return the generations that so many searches of as many can have with `tokens` in all."""
         whole = self.schedule()
@@ -109,6 +117,29 @@ class LayerSearch:
     landscape: LayerLandscape
     tokens_per_second: float
 
+    def schedule(self, options: SearchOptions, passed_seconds: float, searches: int) -> Schedule:
+        """Return the stages, with as many generations as the options' budget leaves for each of so many searches."""
+        whole = options.schedule()
+        if options.budget is None:
+            return whole
+        limit = parse_budget(options.budget)
+        tokens = limit.tokens
+        if tokens is None:
+            assert limit.seconds is not None  # noqa: S101  (one of both is given)
+            tokens = int(max(limit.seconds - passed_seconds, 0) * self.tokens_per_second)
+        return replace(whole, generations=options.affordable(tokens, searches))
+
+    def random(
+        self, context: AllocationContext, draw: Callable[[Random], Levels], schedule: Schedule, samples: int, seed: int
+    ) -> tuple[Levels, float]:
+        """Spend `samples` on independent choices; return the best and its fitness."""
+        reporter, task = context.reporter, "search: random choices"
+        reporter.start(task, samples, "samples")
+        self.landscape.tick = lambda count: reporter.advance(task, count)
+        found = random_search(draw, self.landscape, schedule, samples, seed)
+        reporter.finish(task)
+        return found
+
     def choice(self, counts: dict[str, int]) -> Levels:
         """Return the levels next to an allocation of the same budget."""
         nearest = self.grid.nearest(counts)
@@ -131,7 +162,9 @@ def layer_search(context: AllocationContext, options: SearchOptions, grid: Grid)
             start = time.perf_counter()
             dense = predictions(model, options, context.reporter)
             speed = options.samples * options.sequence_length / (time.perf_counter() - start)
-            yield LayerSearch(grid, names, LayerLandscape(context.linears, database, model, dense), speed)
+            landscape = LayerLandscape(context.linears, database, model, dense)
+            yield LayerSearch(grid, names, landscape, speed)
+            landscape.leave()
 
 
 def build(database: LevelDatabase, context: AllocationContext) -> None:
@@ -196,6 +229,11 @@ class LayerLandscape:
             raise NonFinite("a choice of levels makes the model predict NaN", hint="Run with --dtype fp32 or bf16.")
         self.tick(len(draw))
         return mean
+
+    def leave(self) -> None:
+        """Give the model its dense weights back."""
+        for linear in self._linears:
+            self._model.replace(linear, self._weights[linear.name])
 
     def _at(self, linear: LinearInfo, level: int) -> Tensor:
         return self._database.weight(linear, self._weights[linear.name], level)

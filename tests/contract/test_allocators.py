@@ -118,7 +118,9 @@ def test_what_it_says_of_itself_is_true(problem, name):
     method.allocate(context_with(seen, visit, whole), total)
     assert ("a visit" in asked or "the whole model" in asked) == method.looks
     assert ("the whole model" in asked) == (method.probes() is not None)
-    assert asked - {"a visit", "the whole model"} <= (method.needs | seen.pruner.needs if method.needs else set())
+    assert asked - {"a visit", "the whole model"} <= (
+        method.needs | seen.pruner.needs if method.needs or method.probes() else set()
+    )
 
 
 def context_with(seen, visit, whole):

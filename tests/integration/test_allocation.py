@@ -202,7 +202,7 @@ def test_a_model_that_does_not_fit_as_a_whole_is_refused_with_numbers(llama, tmp
     assert ready.cost.whole_bytes > 4 * parameters
     monkeypatch.setattr(plan, "available_memory_bytes", lambda: 100 << 10)
     monkeypatch.setattr(plan, "_statm", lambda field: plan.BASE_MEMORY_BYTES)
-    with pytest.raises(OutOfMemory, match=r"whole model in float32.*needs about 1\d\d kB more memory, 102 kB are free"):
+    with pytest.raises(OutOfMemory, match=r"whole model, which.*needs about 1\d\d kB more memory, 102 kB are free"):
         run.execute(ready, tmp_path / "out", Silent(), evaluation=False)
     assert not (tmp_path / "out").exists()
 

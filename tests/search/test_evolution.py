@@ -13,7 +13,8 @@ from sparsekit.search.grid import make_grid
 from sparsekit.search.switches import Switches
 
 NAMES = tuple("abcdefgh")
-GRID = make_grid([LinearInfo(name, 0, 16, 16) for name in NAMES], 8 * 128, 1, levels=5, span=0.5)
+LINEARS = [LinearInfo(name, block // 2, 16, 16) for block, name in enumerate(NAMES)]
+GRID = make_grid(LINEARS, 8 * 128, 1, levels=5, span=0.5)
 OPTIMUM = (3, -3, 2, -2, 1, -1, 0, 0)
 SCHEDULE = Schedule(generations=60, offspring=16, stages=(Stage(4, 2), Stage(1, 8)), pool=32)
 
@@ -36,7 +37,7 @@ class Separable:
 
 
 def run(landscape, schedule=SCHEDULE, seed=0, start=(0,) * 8, most=2):
-    return list(evolve(start, Switches(GRID, NAMES, most).mutate, landscape, schedule, seed))
+    return list(evolve(start, Switches(GRID, LINEARS, most=most, whole_blocks=0.3).mutate, landscape, schedule, seed))
 
 
 def test_finds_the_optimum_of_a_separable_landscape():
@@ -48,7 +49,7 @@ def test_finds_the_optimum_of_a_separable_landscape():
 def test_beats_random_choices_of_as_many_samples():
     landscape = Separable(noise=2.0)
     found = run(landscape)[-1]
-    _, null = random_search(Switches(GRID, NAMES).draw, Separable(noise=2.0), SCHEDULE, found.samples, 0)
+    _, null = random_search(Switches(GRID, LINEARS).draw, Separable(noise=2.0), SCHEDULE, found.samples, 0)
     assert found.fitness < null
 
 
@@ -91,7 +92,7 @@ def test_samples_are_counted():
 
 def test_random_search_spends_what_it_is_given():
     landscape = Separable()
-    random_search(Switches(GRID, NAMES).draw, landscape, SCHEDULE, 10 * SCHEDULE.evaluated(), 0)
+    random_search(Switches(GRID, LINEARS).draw, landscape, SCHEDULE, 10 * SCHEDULE.evaluated(), 0)
     assert sum(count * len(draw) for count, draw in landscape.asked) == 10 * SCHEDULE.evaluated()
 
 

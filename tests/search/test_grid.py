@@ -29,7 +29,7 @@ def test_every_candidate_spends_the_budget(sizes, share, levels, seed):
     if grid.rigid:
         return
     names = tuple(linear.name for linear in them)
-    switches, random = Switches(grid, names), Random(seed)  # noqa: S311
+    switches, random = Switches(grid, them, whole_blocks=0.5), Random(seed)  # noqa: S311
     state = switches.draw(random)
     for _ in range(20):
         after = switches.mutate(state, random)
@@ -49,7 +49,7 @@ def test_the_nearest_levels_of_a_choice_are_itself(sizes, seed):
     if grid.rigid:
         return
     names = tuple(linear.name for linear in them)
-    levels = dict(zip(names, Switches(grid, names).draw(Random(seed)), strict=True))  # noqa: S311
+    levels = dict(zip(names, Switches(grid, them, whole_blocks=0.5).draw(Random(seed)), strict=True))  # noqa: S311
     assert grid.nearest(grid.counts(levels)) == levels
 
 

@@ -160,3 +160,11 @@ def test_the_database_of_something_else_is_refused_by_what_differs(tmp_path, cha
 def test_one_process_at_a_time(tmp_path):
     with LevelDatabase(tmp_path, IDENTITY, grid()), pytest.raises(Locked):
         LevelDatabase(tmp_path, IDENTITY, grid())
+
+
+def test_a_level_may_keep_nothing(tmp_path):
+    nothing = make_grid([A, B], 6, 1, levels=4, span=0.5)
+    assert nothing.count(A.name, nothing.lowest[A.name]) == 0
+    with LevelDatabase(tmp_path, IDENTITY, nothing) as database:
+        add(database, A, "sparsegpt", dtype=torch.bfloat16)
+        assert not database.weight(A, weight(A).bfloat16(), nothing.lowest[A.name]).any()
