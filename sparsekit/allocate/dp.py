@@ -19,10 +19,10 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from sparsekit.budget import distribute
-from sparsekit.contracts import AllocationContext, Allocator, LinearInfo, MethodOptions
+from sparsekit.contracts import AllocationContext, Allocator, MethodOptions
 from sparsekit.errors import PlanError
 from sparsekit.layer_errors import output_error
+from sparsekit.search.grid import Grid, make_grid
 from sparsekit.stats.gram import Gram
 
 Errors = dict[int, float]
@@ -47,11 +47,9 @@ class Dp(Allocator[DpOptions]):
 
     def allocate(self, context: AllocationContext, budget: int) -> dict[str, int]:
         """Measure the errors of all levels, then choose."""
-        unit = context.pattern.unit
-        same = dict.fromkeys((linear.name for linear in context.linears), 1.0)
-        uniform = distribute(context.linears, same, budget, unit)
-        step = self._step(context.linears, budget, unit)
-        errors = self._errors(context, uniform, step)
+        options, unit = self.options, context.pattern.unit
+        grid = make_grid(context.linears, budget, unit, levels=options.levels, span=options.span)
+        errors = self._errors(context, grid)
         chosen = knapsack([errors[linear.name] for linear in context.linears], 0)
         levels = {linear.name: level for linear, level in zip(context.linears, chosen, strict=True)}
         context.facts["level"] = dict(levels)
@@ -59,29 +57,19 @@ class Dp(Allocator[DpOptions]):
             "all": sum(errors[name][level] for name, level in levels.items()),
             "uniform": sum(known[0] for known in errors.values()),
         }
-        return {name: uniform[name] + level * step for name, level in levels.items()}
+        return grid.counts(levels)
 
-    def _step(self, linears: Sequence[LinearInfo], budget: int, unit: int) -> int:
-        """Return the weights between two levels, the same for all linears."""
-        density = budget / sum(linear.numel for linear in linears)
-        hidden = min(max(linear.out_features, linear.in_features) for linear in linears)
-        reach = self.options.span * min(density, 1 - density) * hidden**2
-        return max(round(reach / self.options.levels / unit), 1) * unit
-
-    def _errors(self, context: AllocationContext, uniform: dict[str, int], step: int) -> dict[str, Errors]:
-        """Return the relative output error of every linear at every level within its size."""
+    def _errors(self, context: AllocationContext, grid: Grid) -> dict[str, Errors]:
+        """Return the relative output error of every linear at every level."""
         found: dict[str, Errors] = {}
-        reach = range(-self.options.levels, self.options.levels + 1)
         for linear, weight, stats in context.visit(self.needs | context.pruner.needs):
             gram = stats["gram"]
             assert isinstance(gram, Gram)  # noqa: S101  (the walker delivers what `needs` names)
             error = output_error(weight, gram)
             at = context.pruner.fit(linear, weight, stats)
-            counts = {level: uniform[linear.name] + level * step for level in reach}
             found[linear.name] = {
-                level: error(at(context.pattern, count).weight)
-                for level, count in counts.items()
-                if 0 <= count <= linear.numel
+                level: error(at(context.pattern, grid.count(linear.name, level)).weight)
+                for level in grid.levels(linear.name)
             }
         return found
 
