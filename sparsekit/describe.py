@@ -50,6 +50,7 @@ def _describe_plan(model: LazyModel, plan: StagePlan) -> dict[str, Any]:
         "method": plan.stage.method,
         **_parts(plan),
         "allocated": not plan.allocator.looks,
+        "search": _search(plan),
         "pattern": str(plan.pattern),
         "sparsity": plan.stage.sparsity,
         "overrides": plan.stage.overrides,
@@ -73,6 +74,14 @@ def _describe_plan(model: LazyModel, plan: StagePlan) -> dict[str, Any]:
             for (kind, rows, columns), sparsities in kinds.items()
         ],
     }
+
+
+def _search(plan: StagePlan) -> dict[str, float] | None:
+    """Return the tokens or the seconds that a search may spend, None without one."""
+    probes = plan.allocator.probes()
+    if probes is None or not (probes.searched_tokens or probes.searched_seconds):
+        return None
+    return {"tokens": probes.searched_tokens, "seconds": probes.searched_seconds}
 
 
 def _parts(plan: StagePlan) -> dict[str, Any]:

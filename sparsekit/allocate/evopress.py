@@ -31,6 +31,7 @@ from sparsekit.search.layers import LayerSearch, SearchOptions, layer_search, nu
 from sparsekit.search.saved import SavedSearch
 from sparsekit.search.switches import Levels, Switches
 from sparsekit.search.verdict import verdict
+from sparsekit.units import seconds_text
 
 Null = Literal["uniform", "owl", "dp", "random_search"]
 
@@ -122,8 +123,9 @@ class Evopress(Allocator[EvopressOptions]):
         tokens = (schedule.generations * schedule.evaluated() + schedule.fixed) * self.options.sequence_length
         speed = search.tokens_per_second
         reporter.note(
-            f"search: {schedule.generations} generations of {schedule.offspring}, {tokens:,} tokens, "
-            f"about {tokens / speed:.0f} s at {speed:,.0f} tokens/s"
+            f"search: {schedule.generations} generations of {schedule.offspring}, "
+            f"{1 + schedule.generations * schedule.evaluations():,} evaluations, {tokens:,} tokens, "
+            f"about {seconds_text(tokens / speed)} at {speed:,.0f} tokens/s"
         )
         uniform = (0,) * len(search.names)
         mutation = self._mutation(context, search)

@@ -13,6 +13,7 @@ import typer
 from sparsekit import registry
 from sparsekit.cli import render
 from sparsekit.cli.options import Json
+from sparsekit.contracts import Allocator, Method
 from sparsekit.errors import UnknownName
 
 _ROOMS = ("pruners", "refine", "update", "allocate", "stats")
@@ -49,12 +50,21 @@ def _describe(room: str, name: str) -> dict[str, Any]:
         "room": room,
         "kind": registry.ROOMS[room][0],
         "summary": text.splitlines()[0] if text else "",
-        "needs": sorted(getattr(method, "needs", ())),
+        "needs": _needs(method),
         "source": registry.source(room, name),
         "paper": _section(text, "Source"),
         "text": text,
         "options": _options(method),
     }
+
+
+def _needs(method: type[Any]) -> list[str]:
+    """Return what a method with its default options reads: statistics, and the whole model if it asks for that."""
+    if not issubclass(method, Method):
+        return []
+    made = method(method.options_type(), 0)
+    whole = isinstance(made, Allocator) and made.probes() is not None
+    return [*sorted(made.needs), *(["whole model"] if whole else [])]
 
 
 def _section(text: str, heading: str) -> str | None:

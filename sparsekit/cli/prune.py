@@ -146,6 +146,9 @@ def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:
             render.emit(
                 f"Averages: {stage['allocate']} looks at the model first, each linear's sparsity is its choice."
             )
+        if search := stage["search"]:
+            spent = f"{search['tokens']:,} tokens" if search["tokens"] else seconds_text(search["seconds"])
+            render.emit(f"search  at most {spent}; --budget sets another limit")
     cost: dict[str, Any] = plan["cost"]
     render.emit(f"memory  about {bytes_text(cost['memory_bytes'])}")
     render.emit(f"disk    {bytes_text(cost['disk_bytes'])}")

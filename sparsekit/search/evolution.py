@@ -76,6 +76,10 @@ class Schedule:
         """Samples of the last stage."""
         return self.stages[-1].samples
 
+    def evaluations(self) -> int:
+        """Return how many times one generation measures a state."""
+        return self.offspring + sum(stage.survivors for stage in self.stages[:-1])
+
     def evaluated(self) -> int:
         """Return how many samples one generation runs through the model."""
         left, total = self.offspring, 0

@@ -160,7 +160,7 @@ def test_a_budget_of_tokens_ends_the_search(llama, tmp_path):
     # half of it for the random search: (500 // 32 - 2 fixed) // 6 = 2 generations
     assert stage["allocation"]["generations"] == {"all": 2.0}
     assert stage["allocation"]["tokens_searched"]["all"] <= 500
-    assert any("2 generations of 4, 448 tokens" in note for note in told.notes)
+    assert any("2 generations of 4, 11 evaluations, 448 tokens" in note for note in told.notes)
     assert any("KL" in text and "below uniform" in text for text in told.told)
 
 
