@@ -45,6 +45,7 @@ def sweep(weight: Tensor, upper: Tensor, choose: Choose, group: int, strip: int)
     columns = weight.T.contiguous()  # [in, out]: a column of the weight is contiguous
     keep = torch.zeros(columns.shape, dtype=torch.bool)
     factor = upper.to(torch.float32)
+    diagonal = factor.diagonal()
     errors = torch.empty(min(strip, len(columns)), columns.shape[1])
 
     def step(first: int, last: int, base: int) -> None:
@@ -53,10 +54,9 @@ def sweep(weight: Tensor, upper: Tensor, choose: Choose, group: int, strip: int)
             for start in range(first, last, group):
                 end = min(start + group, last)
                 keep[start:end] = choose(columns[start:end].T, start, end).T
+                removed = ~keep[start:end] / diagonal[start:end, None]
                 for j in range(start, end):
-                    error = errors[j - base]
-                    torch.mul(columns[j], ~keep[j], out=error).div_(factor[j, j])
-                    columns[j].mul_(keep[j])
+                    error = torch.mul(columns[j], removed[j - start], out=errors[j - base])
                     columns[j + 1 : last].addr_(factor[j, j + 1 : last], error, alpha=-1)
             return
         middle = first + -(-(last - first) // 2 // group) * group
