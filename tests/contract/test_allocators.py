@@ -47,12 +47,12 @@ class Quadratic(WholeModel):
 
 
 @pytest.fixture
-def problem(tmp_path):
-    """Return what makes a problem for an allocator."""
-    return lambda pattern=None, linears=LINEARS: make_problem(tmp_path, pattern, linears)
+def make(tmp_path):
+    """Return what makes a problem for an allocator that may keep files."""
+    return lambda pattern=None, linears=LINEARS: problem(pattern, linears, tmp_path)
 
 
-def make_problem(folder, pattern, linears):
+def problem(pattern=None, linears=LINEARS, folder=None):
     generator = torch.Generator().manual_seed(0)
     weights = {
         linear.name: torch.randn(linear.out_features, linear.in_features, generator=generator) * (1 + linear.block)
@@ -69,13 +69,13 @@ def refused(name, pattern):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern", [Unstructured(), Block(4, 2)], ids=str)
 @pytest.mark.parametrize("sparsity", [0, 0.01, 0.3, 0.5, 0.7, 0.99, 1])
-def test_every_linear_once_sum_exact_whole_units(problem, name, pattern, sparsity):
+def test_every_linear_once_sum_exact_whole_units(make, name, pattern, sparsity):
     total = budget.total(LINEARS, pattern, sparsity)
     if refused(name, pattern):
         with pytest.raises(PlanError, match="ranks single weights"):
-            allocator(name).allocate(problem(pattern), total)
+            allocator(name).allocate(make(pattern), total)
         return
-    counts = allocator(name).allocate(problem(pattern), total)
+    counts = allocator(name).allocate(make(pattern), total)
     assert sorted(counts) == sorted(linear.name for linear in LINEARS)
     assert sum(counts.values()) == total
     for linear in LINEARS:
@@ -84,8 +84,8 @@ def test_every_linear_once_sum_exact_whole_units(problem, name, pattern, sparsit
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_results_repeat_and_what_is_looked_at_stays(problem, name):
-    seen = problem()
+def test_results_repeat_and_what_is_looked_at_stays(make, name):
+    seen = make()
     total = budget.total(LINEARS, Unstructured(), 0.6)
     before = {linear.name: weight.clone() for linear, weight, _ in seen.visit(frozenset())}
     first, second = (allocator(name, seed=3).allocate(seen, total) for _ in range(2))
@@ -94,18 +94,18 @@ def test_results_repeat_and_what_is_looked_at_stays(problem, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_one_linear_gets_everything(problem, name):
-    counts = allocator(name).allocate(problem(linears=LINEARS[:1]), 77)
+def test_one_linear_gets_everything(make, name):
+    counts = allocator(name).allocate(make(linears=LINEARS[:1]), 77)
     assert counts == {"0.0": 77}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_it_says_of_itself_is_true(problem, name):
+def test_what_it_says_of_itself_is_true(make, name):
     """`looks`, `needs` and `probes` decide what a dry run shows and whether text is read at all."""
     method = allocator(name)
     total = budget.total(LINEARS, Unstructured(), 0.6)
     asked = set()
-    seen = problem()
+    seen = make()
 
     def visit(needs):
         asked.update({"a visit", *needs})
