@@ -210,12 +210,14 @@ def test_saved_again_it_is_a_plain_dense_checkpoint(family, tmp_path):
         "import sys, torch; from transformers import AutoModelForCausalLM as A;"
         f"m, info = A.from_pretrained({str(tmp_path / 'again')!r}, dtype='auto', output_loading_info=True);"
         "assert 'sparsekit' not in sys.modules and not any(info.values()), info;"
-        "print(m(torch.arange(4, 20)[None]).logits.float().sum().item())"
+        "print('\\nsum', m(torch.arange(4, 20)[None]).logits.float().sum().item())"
     )
     status, output = python(code)
     assert status == 0, output
+    found = re.search(r"^sum (\S+)$", output, re.MULTILINE)  # progress bars may stand around it
+    assert found, output
     with torch.no_grad():
-        assert float(output.split()[-1]) == model(torch.arange(4, 20)[None]).logits.float().sum().item()
+        assert float(found[1]) == model(torch.arange(4, 20)[None]).logits.float().sum().item()
 
 
 # --- with and without sparsekit ----------------------------------------------------------------------------
