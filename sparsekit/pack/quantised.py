@@ -74,7 +74,7 @@ def check(
     """
     stored, scales = tensors["weight_nz"], tensors["weight_scales"]
     require(scales, "weight_scales", torch.float16, (shape[0], -(-shape[1] // GROUP)), where)
-    if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+    if not bool((torch.isfinite(scales) & ~torch.signbit(scales)).all()):
         raise BadIndex("weight_scales has a scale that is negative or not finite", where=where)
     if encoding is Encoding.INT8:
         require(stored, "weight_nz", torch.int8, _int8_shape(extent, extent.nnz), where)

@@ -263,3 +263,13 @@ def test_split_tensors_of_many_strips_move_into_memory_exactly(
         assert torch.equal(ops.linear(x, made, None, shape[0]), ops.linear(x, slow, None, shape[0]))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("encoding", [Encoding.INT8, Encoding.INT4])
+def test_a_scale_of_minus_zero_is_refused_by_all(encoding):
+    weight = torch.randn(4, 64).bfloat16()
+    weight[1] = 0
+    packed = pack(weight, weight != 0, Layout.BITMASK, encoding, None)
+    scales = packed.tensors["weight_scales"].clone()
+    scales[1] = -0.0
+    assert not agreed(packed, {**packed.tensors, "weight_scales": scales})

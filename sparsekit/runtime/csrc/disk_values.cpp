@@ -131,7 +131,7 @@ bool check_scales(const sk_disk& d) {
   if (!has(d.scales, 2 * count)) return false;
   for (int64_t i = 0; i < count; ++i) {
     const uint16_t scale = load<uint16_t>(bytes_of(d.scales) + 2 * i);
-    if ((scale & 0x7c00) == 0x7c00 || scale > 0x8000) return false;  // not finite, or below zero
+    if ((scale & 0x7c00) == 0x7c00 || scale >= 0x8000) return false;  // not finite, or with a sign
   }
   return true;
 }
