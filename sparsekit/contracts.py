@@ -149,7 +149,10 @@ class LayerPruner(Method[Options]):
 
     @abstractmethod
     def fit(self, linear: LinearInfo, weight: Tensor, stats: Stats) -> Level:
-        """Do the expensive part once for `weight: [out, in]` (float32, read only); return any level cheaply."""
+        """Do the expensive part once for `weight: [out, in]` (float32, read only); return any level cheaply.
+
+        Two linears of a block are pruned side by side, in threads: keep nothing in the pruner itself.
+        """
 
     @property
     def permutes(self) -> bool:

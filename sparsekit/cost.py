@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsekit import registry
 from sparsekit.contracts import Stat
-from sparsekit.lanes import MAX_LANES
+from sparsekit.lanes import MAX_LANES, SOLVED_AT_ONCE
 from sparsekit.lazy import torch
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.plan import BASE_MEMORY_BYTES, StagePlan
@@ -42,14 +43,14 @@ def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequenc
     """Estimate memory, disk and time of running `plans` on `samples` sequences of `sequence_length` tokens."""
     item = torch.empty(0, dtype=model.dtype).element_size()
     largest_block = max(sum(p.numel() for p in block.parameters()) for block in model.stack.blocks)
-    largest_linear = max(linear.numel for plan in plans for linear in plan.targets)
+    solved = max(sum(heapq.nlargest(SOLVED_AT_ONCE, (t.numel for t in plan.targets))) for plan in plans)
     outer = sum(
         (e := location.entry).end - e.start for key in model.keys(None) for location in (model.weights.tensors[key],)
     )
     tokens = samples * sequence_length
     hidden = int(getattr(model.module.config, "hidden_size", 0) or 0)
     copies = 16 + 8 * any(plan.pruner.permutes for plan in plans)  # bytes a weight
-    memory = BASE_MEMORY_BYTES + largest_block * (item + 1) + largest_linear * copies
+    memory = BASE_MEMORY_BYTES + largest_block * (item + 1) + solved * copies
     memory += max(_statistics_bytes(plan) + _factor_bytes(plan) for plan in plans)
     if tokens:
         memory += max(tokens * hidden * item + largest_block * item, outer)
@@ -109,32 +110,37 @@ def _gradient_bytes(model: LazyModel, plan: StagePlan) -> int:
     return 4 * (states + max(block + kept, behind))
 
 
-def _statistics_bytes(plan: StagePlan) -> int:
-    """Return the memory of the largest block's statistics of inputs, of the allocator's walk or of the pruning one.
+def _inputs(plan: StagePlan) -> list[list[int]]:
+    """Return for each block the widths of its linears' inputs, shared ones once.
 
-    Linears that share an input share them; linears of one module and one width are taken to share, all but the last.
+    Linears of one module and one width are taken to share their input, all but the last.
     """
-    kinds_of: list[list[type[Stat]]] = [
-        [kind for kind in (registry.load("stats", name) for name in needs) if kind.of == "inputs"]
-        for needs in (plan.needs, plan.allocator.needs and plan.allocator.needs | plan.pruner.needs)
-    ]
     blocks: dict[int, dict[tuple[str, int], int]] = {}
     for linear in plan.targets:
         inputs = blocks.setdefault(linear.block, {})
         key = (linear.name.rpartition(".")[0], linear.in_features)
         inputs[key] = min(inputs.get(key, 0) + 1, 2)
+    return [[width for (_, width), count in inputs.items() for _ in range(count)] for inputs in blocks.values()]
+
+
+def _statistics_bytes(plan: StagePlan) -> int:
+    """Return the memory of the largest block's statistics of inputs, of the allocator's walk or of the pruning one."""
+    kinds_of: list[list[type[Stat]]] = [
+        [kind for kind in (registry.load("stats", name) for name in needs) if kind.of == "inputs"]
+        for needs in (plan.needs, plan.allocator.needs and plan.allocator.needs | plan.pruner.needs)
+    ]
     return max(
-        sum(count * kind.nbytes(width) for (_, width), count in inputs.items() for kind in kinds)
-        for inputs in blocks.values()
-        for kinds in kinds_of
+        sum(kind.nbytes(width) for width in widths for kind in kinds) for widths in _inputs(plan) for kinds in kinds_of
     )
 
 
 def _factor_bytes(plan: StagePlan) -> int:
-    """Return what solving with the largest gram matrix takes besides the matrix itself."""
+    """Return what solving with the largest gram matrices takes besides the matrices themselves."""
     if "gram" not in plan.needs:
         return 0
-    return FACTOR_COPIES * int(registry.load("stats", "gram").nbytes(max(t.in_features for t in plan.targets)))
+    nbytes = registry.load("stats", "gram").nbytes
+    largest: int = max(sum(map(nbytes, heapq.nlargest(SOLVED_AT_ONCE, widths))) for widths in _inputs(plan))
+    return FACTOR_COPIES * largest
 
 
 def _forward_seconds(model: LazyModel, plans: Sequence[StagePlan], tokens: int, sequence_length: int) -> float:

@@ -1,8 +1,8 @@
-"""Samples side by side, one thread each, with the same result as one after the other.
+"""Samples or linears side by side, one thread each or more, with the same result as one after the other.
 
 The operations of one block on one sample are short: split over threads, each waits for the slowest at its end, and on a
 machine with other work the waiting costs ten times the computing. Whole samples need no such meetings. What has to
-happen in the order of the samples, such as adding to a sum, takes turns.
+happen in the order of the samples, such as adding to a sum, takes turns. Linears are no different.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from sparsekit.lazy import torch
 
 MAX_LANES = 16
 """More threads than this go into the operations: every lane holds the activations of one sample."""
+
+SOLVED_AT_ONCE = 2
+"""Linears of a block that are pruned side by side."""
 
 
 class _Stopped(Exception):  # a signal that ends a lane, not an error

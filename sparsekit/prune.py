@@ -19,6 +19,7 @@ from sparsekit.checkpoint.safetensors_file import RawTensor, read_header
 from sparsekit.checkpoint.staging import StagedCheckpoint
 from sparsekit.contracts import Level, Stat
 from sparsekit.errors import IndexMismatch, NonFinite, SparsekitError
+from sparsekit.lanes import SOLVED_AT_ONCE, Turns, side_by_side
 from sparsekit.layer_errors import layer_errors
 from sparsekit.lazy import torch
 from sparsekit.memory import release_freed
@@ -143,15 +144,11 @@ def _prune_block(
         order = permute_block(model, visit.index, plan.pruner, plan.pattern, order.stats)
     linears: dict[str, dict[str, Any]] = {}
     keeps: dict[str, Tensor] = {}
+    solved = _solve(targets, plan, budgets, uniform, order.stats)
     for linear in targets:
-        start = time.perf_counter()
-        keep, facts, notes = _prune_linear(
-            linear, plan, budgets[linear.name], uniform.get(linear.name), order.stats.pop(linear.name)
-        )
+        keep, facts, notes = solved.pop(linear.name)
         visit.notes.extend(f"{linear.name}: {note}" for note in notes)
         _note_mask(keeps, linear, keep)
-        release_freed()  # each linear leaves holes of its own size, and its copies are the peak of the run
-        facts["seconds"] = round(time.perf_counter() - start, 4)
         if linear.name in order.moved:
             facts["inputs_moved"] = order.moved[linear.name]
         linears[linear.name] = facts
@@ -172,9 +169,42 @@ def _prune_block(
     return {"linears": linears, "tensors": tensors, "notes": visit.notes}, changed, stored_masks
 
 
+Solved = tuple["Tensor", dict[str, Any], tuple[str, ...]]
+"""Mask of a linear, facts for the journal, notes."""
+
+
+def _solve(
+    targets: Sequence[Linear],
+    plan: StagePlan,
+    budgets: Mapping[str, int],
+    uniform: Mapping[str, int],
+    stats: dict[str, dict[str, Stat]],
+) -> dict[str, Solved]:
+    """Prune the linears of a block in place, two at a time, each with half of the threads.
+
+    Solvers have stretches that more threads do not speed up. Two lanes are enough: the widest linear of a block takes
+    about as long as all others, and a third would only hold more memory. Statistics are dropped as they are used.
+    """
+    found: dict[str, Solved] = {}
+    order = sorted(targets, key=lambda linear: -linear.info.numel * linear.info.in_features)
+
+    def one(place: int, _: Turns) -> None:
+        linear = order[place]
+        start = time.perf_counter()
+        mask, facts, notes = _prune_linear(
+            linear, plan, budgets[linear.name], uniform.get(linear.name), stats.pop(linear.name)
+        )
+        facts["seconds"] = round(time.perf_counter() - start, 4)
+        found[linear.name] = mask, facts, notes
+        release_freed()  # each linear leaves holes of its own size, and its copies are the peak of the run
+
+    side_by_side(len(order), one, most=SOLVED_AT_ONCE)
+    return found
+
+
 def _prune_linear(
     linear: Linear, plan: StagePlan, budget: int, uniform: int | None, stats: Mapping[str, Stat]
-) -> tuple[Tensor, dict[str, Any], tuple[str, ...]]:
+) -> Solved:
     """Prune one linear in place; return its mask, facts for the journal and notes.
 
     Args:

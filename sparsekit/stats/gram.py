@@ -13,6 +13,7 @@ Numbers: equals a direct float64 computation to 1e-6 (tests/unit/test_gram.py).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -37,6 +38,7 @@ class Gram(Stat):
         super().__init__(in_features)
         self._upper = torch.zeros(in_features, in_features, dtype=torch.float64)  # blocks on and above the diagonal
         self._results: dict[Any, Any] = {}
+        self._lock = threading.RLock()  # linears that share the statistic are pruned side by side
 
     def update(self, x: Tensor) -> None:
         """Add `x: [tokens, in]`."""
@@ -71,9 +73,10 @@ class Gram(Stat):
     @property
     def metric(self) -> Tensor:
         """G, [in, in] float32, symmetric, kept until more is seen; nobody may change it."""
-        if "metric" not in self._results:
-            self._results["metric"] = _mirrored(self._upper.to(torch.float32))
-        metric: Tensor = self._results["metric"]
+        with self._lock:
+            if "metric" not in self._results:
+                self._results["metric"] = _mirrored(self._upper.to(torch.float32))
+            metric: Tensor = self._results["metric"]
         return metric
 
     def once(self, make: Callable[Concatenate[Tensor, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -82,9 +85,10 @@ class Gram(Stat):
         The result lives as long as the statistic sees nothing new; nobody may change it.
         """
         key = (make, args, tuple(sorted(kwargs.items())))
-        if key not in self._results:
-            self._results[key] = make(self.matrix, *args, **kwargs)
-        result: T = self._results[key]
+        with self._lock:
+            if key not in self._results:
+                self._results[key] = make(self.matrix, *args, **kwargs)
+            result: T = self._results[key]
         return result
 
     @classmethod

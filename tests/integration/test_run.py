@@ -116,6 +116,23 @@ def test_every_method_pattern_and_level_keeps_exact_counts(recipe, sets, llama, 
     assert zeros >= stage["numel"] - stage["kept"]
 
 
+@pytest.mark.parametrize("recipe", ["sparsegpt-60", "alps-60", "dsnot-2of4"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_linears_side_by_side_are_pruned_as_one_after_the_other(family, recipe, tmp_path):
+    folder = tiny.save(family, tmp_path / "model")
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):  # each of the two lanes has one thread, as the only lane before
+            torch.set_num_threads(threads)
+            prune(folder, tmp_path / str(threads), recipe, ["calibration.samples=8"])
+            found.append(tensors(tmp_path / str(threads)))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_a_pattern_that_a_refiner_cannot_do_is_refused_before_anything_is_read(llama, tmp_path):
     with pytest.raises(PlanError, match=r"stages\.0\.refine: dsnot swaps single weights, which pattern 4x2 does not"):
         prune(llama, tmp_path / "out", "dsnot-50", ["stages.0.pattern=4x2"])
