@@ -19,24 +19,20 @@ Numbers: 70 %, WikiText-2, uniform / OWL / EvoPress: Llama-3-8B 85.84, 48.07, 28
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 
 from sparsekit import registry
 from sparsekit.contracts import AllocationContext, Allocator, Probes
-from sparsekit.search.evolution import Schedule, evolve
-from sparsekit.search.layers import LayerSearch, SearchOptions, layer_search, null
-from sparsekit.search.saved import SavedSearch
-from sparsekit.search.switches import Levels, Switches
+from sparsekit.search.layers import LayerSearch, LevelSearchOptions, layer_search, null
+from sparsekit.search.switches import Switches
 from sparsekit.search.verdict import verdict
-from sparsekit.units import seconds_text
 
 Null = Literal["uniform", "owl", "dp", "random_search"]
 
 
-class EvopressOptions(SearchOptions):
+class EvopressOptions(LevelSearchOptions):
     """Options of `evopress`."""
 
     switches: int = Field(default=3, ge=1, description="most exchanges between a parent and its offspring")
@@ -77,35 +73,24 @@ class Evopress(Allocator[EvopressOptions]):
             for name in self.options.nulls
             if name not in ("uniform", "random_search")
         }
-        with layer_search(context, self.options, grid) as search:
-            saved = self._saved(context)
-            schedule = self._schedule(search, saved, time.perf_counter() - began)
-            best, spent = self._evolve(context, search, saved, schedule)
-            fixed = range(schedule.fixed)
-            found = {"evopress": search.landscape.fitness([best], fixed)[0]}
+        with layer_search(context, self.options, grid, self.seed) as search:
+            schedule = search.schedule(time.perf_counter() - began, self._searches())
+            mutation = self._mutation(context, search)
+            best, spent = search.evolve((0,) * len(search.names), mutation.mutate, schedule, "uniform")
+            found = {"evopress": search.fitness(best, schedule)}
             for name, counts in nulls.items():
-                found[name] = search.landscape.fitness([search.choice(counts)], fixed)[0]
+                found[name] = search.fitness(search.choice(counts), schedule)
             if "uniform" in self.options.nulls:
-                found["uniform"] = search.landscape.fitness([(0,) * len(best)], fixed)[0]
+                found["uniform"] = search.fitness((0,) * len(best), schedule)
             if "random_search" in self.options.nulls:
-                draw = self._mutation(context, search).draw
-                found["random_search"] = search.random(context, draw, schedule, spent, self.seed)[1]
+                found["random_search"] = search.random(mutation.draw, schedule, spent)[1]
         context.facts["level"] = {name: float(level) for name, level in zip(search.names, best, strict=True)}
-        context.facts["fitness_by_generation"] = {str(number): value for number, value in saved.history.items()}
+        context.facts["fitness_by_generation"] = search.history
         context.facts["divergence_from_dense"] = found
         context.reporter.note(f"search: {verdict('evopress', found)}")
         context.facts["generations"] = {"all": float(schedule.generations)}
         context.facts["tokens_searched"] = {"all": float(spent * self.options.sequence_length)}
         return search.counts(best)
-
-    def _saved(self, context: AllocationContext) -> SavedSearch:
-        assert context.folder is not None  # noqa: S101  (layer_search has refused its absence)
-        return SavedSearch(context.folder, {"seed": self.seed, "options": self.options.model_dump(mode="json")})
-
-    def _schedule(self, search: LayerSearch, saved: SavedSearch, passed_seconds: float) -> Schedule:
-        """Return the stages, with as many generations as the budget leaves; an interrupted search keeps its number."""
-        schedule = search.schedule(self.options, passed_seconds, self._searches())
-        return replace(schedule, generations=saved.decide(schedule.generations))
 
     def _mutation(self, context: AllocationContext, search: LayerSearch) -> Switches:
         options = self.options
@@ -114,31 +99,3 @@ class Evopress(Allocator[EvopressOptions]):
     def _searches(self) -> int:
         """Return how many searches share the budget: this one, and a random one of as many tokens."""
         return 2 if "random_search" in self.options.nulls else 1
-
-    def _evolve(
-        self, context: AllocationContext, search: LayerSearch, saved: SavedSearch, schedule: Schedule
-    ) -> tuple[Levels, int]:
-        """Return the best levels and the samples that finding them took."""
-        reporter, task = context.reporter, "search: generations"
-        tokens = (schedule.generations * schedule.evaluated() + schedule.fixed) * self.options.sequence_length
-        speed = search.tokens_per_second
-        reporter.note(
-            f"search: {schedule.generations} generations of {schedule.offspring}, "
-            f"{1 + schedule.generations * schedule.evaluations():,} evaluations, {tokens:,} tokens, "
-            f"about {seconds_text(tokens / speed)} at {speed:,.0f} tokens/s"
-        )
-        uniform = (0,) * len(search.names)
-        mutation = self._mutation(context, search)
-        begun = saved.last
-        reporter.start(task, schedule.generations, "generations")
-        done = 0
-        for found in evolve(begun or uniform, mutation.mutate, search.landscape, schedule, self.seed):
-            if found is not begun:
-                saved.add(found)
-            gain = 1 - found.fitness / saved.history[0]
-            reporter.tell(task, f"KL {found.fitness:.4f}, {gain:.1%} below uniform")
-            if found.number > done:
-                reporter.advance(task, found.number - done)
-                done = found.number
-        reporter.finish(task)
-        return found.best, found.samples

@@ -15,11 +15,11 @@ from __future__ import annotations
 import time
 
 from sparsekit.contracts import AllocationContext, Allocator, Probes
-from sparsekit.search.layers import SearchOptions, layer_search
+from sparsekit.search.layers import LevelSearchOptions, layer_search
 from sparsekit.search.switches import Switches
 
 
-class RandomSearchOptions(SearchOptions):
+class RandomSearchOptions(LevelSearchOptions):
     """Options of `random_search`."""
 
 
@@ -39,11 +39,11 @@ class RandomSearch(Allocator[RandomSearchOptions]):
         grid = self.options.grid(context, budget)
         if grid.rigid:
             return dict(grid.uniform)
-        with layer_search(context, self.options, grid) as search:
-            schedule = search.schedule(self.options, time.perf_counter() - began, 1)
+        with layer_search(context, self.options, grid, self.seed) as search:
+            schedule = search.schedule(time.perf_counter() - began, 1)
             samples = schedule.generations * schedule.evaluated()
             draw = Switches(grid, context.linears).draw
-            best, fitness = search.random(context, draw, schedule, samples, self.seed)
+            best, fitness = search.random(draw, schedule, samples)
         context.facts["level"] = {name: float(level) for name, level in zip(search.names, best, strict=True)}
         context.facts["divergence_from_dense"] = {"random_search": fitness}
         context.facts["tokens_searched"] = {"all": float(samples * self.options.sequence_length)}

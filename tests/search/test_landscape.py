@@ -11,6 +11,7 @@ from sparsekit.masks import ranked
 from sparsekit.pattern import Unstructured
 from sparsekit.search.divergence import reference
 from sparsekit.search.grid import make_grid
+from sparsekit.search.landscape import Predictions
 from sparsekit.search.layers import LayerLandscape
 from sparsekit.search.levels import LevelDatabase
 
@@ -52,7 +53,7 @@ def landscape(tmp_path):
             weight = model.weight(linear)
             at = ranked(weight, weight.abs(), "row")
             database.add(linear, weight, at, Unstructured(), nested=True, dtype=torch.float32)
-        dense = [reference(model.logits(sample)[:-1], 16) for sample in range(4)]
+        dense = Predictions(tuple(reference(model.logits(sample)[:-1], 16) for sample in range(4)), 1.0)
         yield LayerLandscape(LINEARS, database, model, dense), model
 
 
