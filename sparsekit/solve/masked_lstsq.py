@@ -53,16 +53,33 @@ def masked_lstsq(weight: Tensor, keep: Tensor, hessian: Tensor, start: Tensor, *
     return current
 
 
+def refit_columns(weight: Tensor, kept: Tensor, hessian: Tensor) -> Tensor:
+    """Return the optimal values of kept columns that are the same in all rows, by one Cholesky factor.
+
+    Args:
+        weight: Dense weight W0, [out, in] float32.
+        kept: [in] bool.
+        hessian: H, [in, in] float64, positive definite.
+
+    Returns:
+        [out, kept] float32.
+    """
+    columns, gone = kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]
+    if not len(gone):
+        return weight.clone()
+    # In terms of the change: w_K = w0_K + (H_KK)^-1 H_KR w0_R, so that nothing moves where nothing is removed.
+    across = hessian[columns]
+    cross = across[:, gone] @ weight[:, gone].double().T
+    change = torch.cholesky_solve(cross, torch.linalg.cholesky(across[:, columns])).T
+    return (weight[:, columns].double() + change).float()
+
+
 def _direct(weight: Tensor, sets: Tensor, which: Tensor, hessian: Tensor) -> Tensor:
     """Solve by one Cholesky factor for each distinct set of kept columns."""
     result = torch.zeros_like(weight)
     for number, kept in enumerate(sets):
-        columns, gone = kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]
-        rows = (which == number).nonzero()[:, 0]
-        # In terms of the change: w_K = w0_K + (H_KK)^-1 H_KR w0_R, so that nothing moves where nothing is removed.
-        cross = hessian[columns][:, gone] @ weight[rows][:, gone].double().T
-        change = torch.cholesky_solve(cross, torch.linalg.cholesky(hessian[columns][:, columns])).T
-        result[rows[:, None], columns] = (weight[rows][:, columns].double() + change).float()
+        rows = (which == number).nonzero()
+        result[rows, kept.nonzero()[:, 0]] = refit_columns(weight[rows[:, 0]], kept, hessian)
     return result
 
 
