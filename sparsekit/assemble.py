@@ -24,10 +24,10 @@ _NOT_SIDE_FILES = (
 )  # fmt: skip
 
 
-def write_model_files(prepared: Prepared, staged: StagedCheckpoint) -> None:
-    """Write what makes the shards a model: the outer shard, index, config, recipe, side files of the source."""
+def write_model_files(prepared: Prepared, staged: StagedCheckpoint, blocks: int) -> None:
+    """Write what makes the shards of so many blocks a model: the outer shard, index, config, recipe, side files."""
     model, source = prepared.model, prepared.source
-    *_, last = shard_names(prepared)
+    last = shard_name(blocks, blocks, packed=is_packed(prepared))
     if staged.finished(OUTER) is None:
         staged.write_shard(OUTER, last, checkpoint_tensors(model, None, {}), {})
     staged.write_file(f"{_stem(prepared)}.safetensors.index.json", _index(staged.folder))
@@ -39,8 +39,12 @@ def write_model_files(prepared: Prepared, staged: StagedCheckpoint) -> None:
 
 
 def is_packed(prepared: Prepared) -> bool:
-    """Whether the recipe asks for packed weights."""
-    return prepared.recipe.save.format != "dense"
+    """Whether the recipe asks for packed weights, and it is time to prune some."""
+    return prepared.recipe.save.format != "dense" and _prunes(prepared)
+
+
+def _prunes(prepared: Prepared) -> bool:
+    return bool(prepared.recipe.prunes) and not prepared.reshapes
 
 
 def shard_names(prepared: Prepared) -> list[str]:
@@ -49,8 +53,13 @@ def shard_names(prepared: Prepared) -> list[str]:
     Packed weights do not carry the usual name: a loader that cannot read them must not find a file, rather than load
     something wrong.
     """
-    count = prepared.model.blocks + 1
-    return [f"{_stem(prepared)}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    blocks, packed = prepared.model.blocks, is_packed(prepared)
+    return [shard_name(number, blocks, packed=packed) for number in range(blocks + 1)]
+
+
+def shard_name(block: int, blocks: int, *, packed: bool = False) -> str:
+    """Return the file name of a block among so many, and for `block == blocks` that of all else."""
+    return f"{PACKED_STEM if packed else 'model'}-{block + 1:05d}-of-{blocks + 1:05d}.safetensors"
 
 
 def _stem(prepared: Prepared) -> str:
@@ -74,10 +83,13 @@ def _config(prepared: Prepared) -> bytes:
     A top-level key is inert in transformers and vLLM; one inside quantization_config would not be.
     """
     config = json.loads((prepared.source.folder / "config.json").read_text(encoding="utf-8"))
+    config |= prepared.config
     if prepared.source.cast:
         config.pop("torch_dtype", None)
         config["dtype"] = str(prepared.source.dtype).removeprefix("torch.")
-    stage = prepared.recipe.stages[-1]
+    if not _prunes(prepared):
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    stage = prepared.recipe.prunes[-1]
     config["sparsity_config"] = {
         "tool": "sparsekit",
         "recipe": prepared.recipe.name,

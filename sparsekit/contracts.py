@@ -8,7 +8,7 @@ belong to the walker, never to a method.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,11 +61,12 @@ class Pruned:
 class Stat(ABC):
     """A streaming statistic of one linear's input. Sums are float64, independent of the batch split.
 
-    Or of the gradients of the loss with respect to the linear's weight, see `of`.
+    Or of the gradients of the loss with respect to the linear's weight, or of what flows through a block, see `of`.
     """
 
-    of: ClassVar[Literal["inputs", "gradients"]] = "inputs"
-    """What `update` is given: inputs x [tokens, in], or the gradient [out, in] of one sample's mean next-token loss."""
+    of: ClassVar[Literal["inputs", "gradients", "flows"]] = "inputs"
+    """What `update` is given: inputs x [tokens, in]; the gradient [out, in] of one sample's mean next-token loss; or
+    the hidden states in front of and behind a block, [2, tokens, hidden]."""
 
     def __init__(self, in_features: int) -> None:
         self.in_features = in_features
@@ -73,7 +74,7 @@ class Stat(ABC):
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
-        """Add inputs `x: [tokens, in]` in the dtype the model computes in, or the gradient [out, in] of a sample."""
+        """Add one sample, see `of`, in the dtype the model computes in."""
 
     @abstractmethod
     def merge(self, other: Stat, scale: float = 1.0) -> None:
@@ -218,6 +219,10 @@ class WholeModel(ABC):
         """Return what the model as it is now predicts, [sequence_length, vocabulary]; threads may ask side by side."""
 
     @abstractmethod
+    def omit(self, blocks: Collection[int], silent: Collection[LinearInfo] = ()) -> None:
+        """Predict without these blocks, and with zeros as the outputs of the `silent` linears; until asked again."""
+
+    @abstractmethod
     def loss(self, linear: LinearInfo, weight: Tensor, sample: int) -> float:
         """Return the mean loss (nats per token) of one sample while `linear` has `weight`; then its own is back.
 
@@ -262,3 +267,91 @@ class Allocator(Method[Options]):
     @abstractmethod
     def allocate(self, context: AllocationContext, budget: int) -> dict[str, int]:
         """Return kept weights per linear name; they sum to `budget` exactly and are multiples of the pattern's unit."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a reshaper may know of a model before any weight is read.
+
+    Attributes:
+        model: The transformers model on meta; its `config` says what it is.
+        blocks: Number of decoder blocks.
+        linears: All linears of the blocks, in the order of the model.
+        prefix: Dotted name of the list of blocks, such as `model.layers`.
+    """
+
+    model: Any
+    blocks: int
+    linears: Sequence[LinearInfo]
+    prefix: str
+
+
+@dataclass(frozen=True)
+class ReshapeContext:
+    """What a reshaper may look at, and where it says what it saw."""
+
+    anatomy: Anatomy
+    visit: Callable[[frozenset[str]], Iterator[tuple[LinearInfo, Tensor, Stats]]]
+    """Walk the dense model once: (linear, its weight [out, in] float32, the statistics asked for)."""
+    flows: Callable[[str], list[Stat]]
+    """Walk the dense model once and return a statistic of the hidden states around each block."""
+    whole: Callable[[], AbstractContextManager[WholeModel]]
+    """Load the whole model with the samples of `Reshaper.probes`."""
+    facts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """For the report: quantity -> block, linear or `all` -> value, few enough to read."""
+    reporter: Reporter = field(default_factory=Silent)
+    """Told how a long choice goes on."""
+    folder: Path | None = None
+    """Where a reshaper may keep files; a run that is given the same folder again finds them. None: it keeps none."""
+    identity: Mapping[str, JSON] = field(default_factory=dict)
+    """What the model, the calibration text and the stage are, for files that outlive the run."""
+
+
+@dataclass(frozen=True)
+class NewLinear:
+    """A linear as it is to be: `weight: [out, in]` of any size, `bias: [out]`; None: it keeps the one it has, or none.
+
+    Values are cast to the checkpoint's dtype.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """What is left of a model.
+
+    Attributes:
+        blocks: Old blocks in their new order.
+        config: Keys of config.json that change, with their new values.
+        linears: Called with an old block's number: its linears that change, by name, while the block is loaded.
+    """
+
+    blocks: tuple[int, ...]
+    config: Mapping[str, JSON]
+    linears: Callable[[int], Mapping[str, NewLinear]] = lambda block: {}
+
+
+class Reshaper(Method[Options]):
+    """Makes a smaller dense model of a model. `needs` are statistics that it asks `context.visit` or `flows` for."""
+
+    @abstractmethod
+    def check(self, anatomy: Anatomy) -> None:
+        """Raise PlanError or UnsupportedFamily for a model that it cannot do, before any weight is read."""
+
+    def probes(self) -> Probes | None:
+        """Return what it needs `context.whole` for; None: the model is never in memory as a whole."""
+        return None
+
+    @abstractmethod
+    def plan(self, context: ReshapeContext) -> dict[str, JSON]:
+        """Look at the model and decide; what is decided is journalled, and a run that goes on does not ask again."""
+
+    @abstractmethod
+    def apply(self, anatomy: Anatomy, plan: Mapping[str, JSON], folder: Path | None) -> Reshaped:
+        """Return what the plan makes of the model; `folder` is the context's, with the files that `plan` kept."""
+
+    def null(self, name: str) -> Options | None:
+        """Return options that make this reshaper the null `name` (`uniform` or `random`); None: it has no such null."""
+        return None

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsekit import registry
-from sparsekit.contracts import Stat
+from sparsekit.contracts import LinearInfo, Probes, Stat
 from sparsekit.lanes import MAX_LANES, SOLVED_AT_ONCE
 from sparsekit.lazy import torch
 from sparsekit.models.lazy_model import LazyModel
-from sparsekit.plan import BASE_MEMORY_BYTES, StagePlan
+from sparsekit.plan import BASE_MEMORY_BYTES, ReshapePlan, StagePlan
 
 PREDICTION_BYTES = 6 * 512  # for each position: the likeliest tokens of the dense model and their probabilities
 FACTOR_COPIES = 6  # of a gram matrix while it is factored or decomposed and used; 4.2 to 5.4 measured
@@ -39,11 +39,20 @@ class Cost:
     gradient_bytes: int = 0
 
 
-def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequence_length: int) -> Cost:
-    """Estimate memory, disk and time of running `plans` on `samples` sequences of `sequence_length` tokens."""
+def estimate(
+    model: LazyModel,
+    plans: Sequence[StagePlan],
+    samples: int,
+    sequence_length: int,
+    reshapes: Sequence[ReshapePlan] = (),
+) -> Cost:
+    """Estimate memory, disk and time of running `plans` on `samples` sequences of `sequence_length` tokens.
+
+    What comes behind `reshapes` is counted as if the model still had its size.
+    """
     item = torch.empty(0, dtype=model.dtype).element_size()
     largest_block = max(sum(p.numel() for p in block.parameters()) for block in model.stack.blocks)
-    solved = max(sum(heapq.nlargest(SOLVED_AT_ONCE, (t.numel for t in plan.targets))) for plan in plans)
+    solved = max((sum(heapq.nlargest(SOLVED_AT_ONCE, (t.numel for t in plan.targets))) for plan in plans), default=0)
     outer = sum(
         (e := location.entry).end - e.start for key in model.keys(None) for location in (model.weights.tensors[key],)
     )
@@ -51,35 +60,35 @@ def estimate(model: LazyModel, plans: Sequence[StagePlan], samples: int, sequenc
     hidden = int(getattr(model.module.config, "hidden_size", 0) or 0)
     copies = 16 + 8 * any(plan.pruner.permutes for plan in plans)  # bytes a weight
     memory = BASE_MEMORY_BYTES + largest_block * (item + 1) + solved * copies
-    memory += max(_statistics_bytes(plan) + _factor_bytes(plan) for plan in plans)
+    memory += max((_statistics_bytes(plan) + _factor_bytes(plan) for plan in plans), default=0)
     if tokens:
         memory += max(tokens * hidden * item + largest_block * item, outer)
-    gradients = max(_gradient_bytes(model, plan) for plan in plans)
+    gradients = max((_gradient_bytes(model, plan) for plan in plans), default=0)
     memory += gradients
-    whole = max(_whole_bytes(model, plan) for plan in plans)
+    wholes = [_whole_bytes(model, plan.allocator.probes(), plan.targets) for plan in plans]
+    whole = max([*wholes, *(_whole_bytes(model, plan.reshaper.probes(), ()) for plan in reshapes)])
     return Cost(
         memory_bytes=max(memory, BASE_MEMORY_BYTES + whole),
         disk_bytes=model.weights.total_bytes + (16 << 20),
-        seconds=_forward_seconds(model, plans, tokens, sequence_length) if tokens else None,
+        seconds=_forward_seconds(model, plans, reshapes, tokens, sequence_length) if tokens else None,
         tokens=tokens,
         whole_bytes=whole,
         gradient_bytes=gradients,
     )
 
 
-def _whole_bytes(model: LazyModel, plan: StagePlan) -> int:
-    """Return the memory of the whole model, with the logits and hidden states of the allocator's probes."""
-    probes = plan.allocator.probes()
+def _whole_bytes(model: LazyModel, probes: Probes | None, changed: Sequence[LinearInfo]) -> int:
+    """Return the memory of the whole model, with the logits and hidden states of probes and copies of some linears."""
     if probes is None:
         return 0
     parameters: int = sum(parameter.numel() for parameter in model.module.parameters())
     hidden = int(getattr(model.module.config, "hidden_size", 0) or 0)
-    largest_linear = max(linear.numel for linear in plan.targets)
     logits = 3 * probes.sequence_length * model.vocabulary  # and their softmax and its logarithm
     if probes.own_dtype:  # with a dense copy of the targets, and the predictions that are compared
         item = torch.empty(0, dtype=model.dtype).element_size()
         predictions = probes.samples * probes.sequence_length * PREDICTION_BYTES
-        return item * (parameters + plan.numel) + 4 * logits + predictions
+        return item * (parameters + sum(linear.numel for linear in changed)) + 4 * logits + predictions
+    largest_linear = max((linear.numel for linear in changed), default=0)
     return 4 * (parameters + logits + 2 * probes.samples * probes.sequence_length * hidden + 3 * largest_linear)
 
 
@@ -143,9 +152,15 @@ def _factor_bytes(plan: StagePlan) -> int:
     return FACTOR_COPIES * largest
 
 
-def _forward_seconds(model: LazyModel, plans: Sequence[StagePlan], tokens: int, sequence_length: int) -> float:
+def _forward_seconds(
+    model: LazyModel,
+    plans: Sequence[StagePlan],
+    reshapes: Sequence[ReshapePlan],
+    tokens: int,
+    sequence_length: int,
+) -> float:
     """Time one linear of the model on random data and scale to all block forwards."""
-    linear = max((linear for plan in plans for linear in plan.targets), key=lambda linear: linear.numel)
+    linear = max((linear.info for linear in model.stack.linears(0)), key=lambda linear: linear.numel)
     weight = torch.zeros(linear.out_features, linear.in_features, dtype=model.dtype)
     x = torch.zeros(sequence_length, linear.in_features, dtype=model.dtype)
     torch.nn.functional.linear(x, weight)
@@ -161,12 +176,14 @@ def _forward_seconds(model: LazyModel, plans: Sequence[StagePlan], tokens: int, 
     for plan in plans:
         if probes := plan.pruner.probes():  # three times forwards, twice back to the inputs, once to the weights
             forwards += 6 * probes.samples * probes.sequence_length
-        if (probes := plan.allocator.probes()) is None:
-            continue
-        if probes.own_dtype:
+        if (probes := plan.allocator.probes()) and not probes.own_dtype:
+            # two losses per linear and sample, each on average half of the blocks
+            forwards += len(plan.free) * probes.samples * probes.sequence_length
+    for reshape in reshapes:
+        forwards += tokens * bool(reshape.reshaper.needs)
+    for probes in (*(plan.allocator.probes() for plan in plans), *(plan.reshaper.probes() for plan in reshapes)):
+        if probes is not None:
             forwards += probes.searched_tokens
             searched += probes.searched_seconds
-        else:  # two losses per linear and sample, each on average half of the blocks
-            forwards += len(plan.free) * probes.samples * probes.sequence_length
     # Attention, norms and selection cost about as much again as half the linears.
     return searched + 1.5 * forwards * model.stack.matrix_weights() * per_multiply

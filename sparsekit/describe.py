@@ -12,13 +12,15 @@ from typing import Any
 
 from sparsekit import __version__
 from sparsekit.allocation import allocate_unseen
+from sparsekit.contracts import Probes
 from sparsekit.data.packing import TokenBlocks
 from sparsekit.errors import CheckpointError
 from sparsekit.models.lazy_model import LazyModel
-from sparsekit.plan import StagePlan
+from sparsekit.plan import ReshapePlan, StagePlan
 from sparsekit.prepared import Prepared
 from sparsekit.prune import StageResult
-from sparsekit.recipe.schema import PARTS
+from sparsekit.recipe.schema import PARTS, ReshapeStage
+from sparsekit.reshaping import ReshapeResult
 
 
 def describe_plan(prepared: Prepared, out: Path) -> dict[str, Any]:
@@ -31,6 +33,7 @@ def describe_plan(prepared: Prepared, out: Path) -> dict[str, Any]:
         "recipe": prepared.recipe.name,
         "out": str(out),
         "blocks": prepared.model.blocks,
+        "reshapes": [_describe_reshape(plan) for plan in prepared.reshapes],
         "stages": [_describe_plan(prepared.model, plan) for plan in prepared.plans],
         "notes": list(prepared.notes),
         "cost": asdict(prepared.cost),
@@ -50,7 +53,7 @@ def _describe_plan(model: LazyModel, plan: StagePlan) -> dict[str, Any]:
         "method": plan.stage.method,
         **_parts(plan),
         "allocated": not plan.allocator.looks,
-        "search": _search(plan),
+        "search": _search(plan.allocator.probes()),
         "pattern": str(plan.pattern),
         "sparsity": plan.stage.sparsity,
         "overrides": plan.stage.overrides,
@@ -76,9 +79,16 @@ def _describe_plan(model: LazyModel, plan: StagePlan) -> dict[str, Any]:
     }
 
 
-def _search(plan: StagePlan) -> dict[str, float] | None:
+def _describe_reshape(plan: ReshapePlan) -> dict[str, Any]:
+    return {
+        "method": plan.stage.method,
+        "options": plan.stage.method_options().model_dump(mode="json"),
+        "search": _search(plan.reshaper.probes()),
+    }
+
+
+def _search(probes: Probes | None) -> dict[str, float] | None:
     """Return the tokens or the seconds that a search may spend, None without one."""
-    probes = plan.allocator.probes()
     if probes is None or not (probes.searched_tokens or probes.searched_seconds):
         return None
     return {"tokens": probes.searched_tokens, "seconds": probes.searched_seconds}
@@ -143,6 +153,20 @@ def describe_stage(plan: StagePlan, result: StageResult) -> dict[str, Any]:
         "linears": result.linears,
         "notes": result.notes,
         "resumed_blocks": result.resumed,
+    }
+
+
+def describe_reshape(stage: ReshapeStage, result: ReshapeResult) -> dict[str, Any]:
+    """What a reshape stage did."""
+    before, after = result.parameters
+    return {
+        "method": stage.method,
+        "options": stage.method_options().model_dump(mode="json"),
+        "plan": result.plan,
+        "facts": result.facts,
+        "blocks": len(result.blocks),
+        "parameters_before": before,
+        "parameters_after": after,
     }
 
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekit import budget as budgets
 from sparsekit import registry
-from sparsekit.contracts import Allocator, LayerPruner, LinearInfo, MaskRefiner, WeightUpdate
+from sparsekit.contracts import Allocator, Anatomy, LayerPruner, LinearInfo, MaskRefiner, Reshaper, WeightUpdate
 from sparsekit.errors import LowCoverage, OutOfMemory, PlanError, TooFewTokens
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.pattern import NM, Pattern, parse_pattern
 from sparsekit.permutation import check_permutation
-from sparsekit.recipe.schema import PruneStage
+from sparsekit.recipe.schema import PruneStage, ReshapeStage
 from sparsekit.selection import fixed_counts, matches
 from sparsekit.units import bytes_text
 
@@ -89,6 +89,43 @@ class StagePlan:
         """Return the part of the calibration ids [samples, sequence_length] that the pruner needs gradients on."""
         probes = self.pruner.probes()
         return samples[: probes.samples, : probes.sequence_length] if probes and samples is not None else None
+
+
+@dataclass(frozen=True)
+class ReshapePlan:
+    """A reshape stage applied to one model.
+
+    Attributes:
+        stage: The recipe's stage.
+        reshaper: The method, with its options.
+        anatomy: The model's.
+    """
+
+    stage: ReshapeStage
+    reshaper: Reshaper[Any]
+    anatomy: Anatomy
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is read."""
+        return bool(self.reshaper.needs or self.reshaper.probes())
+
+
+def plan_reshape(model: LazyModel, stage: ReshapeStage, seed: int, *, where: str) -> ReshapePlan:
+    """Resolve a reshape stage against a model; `where` names the stage in errors.
+
+    Raises:
+        PlanError, UnsupportedFamily: The reshaper cannot do this model.
+    """
+    linears = tuple(linear.info for index in range(model.blocks) for linear in model.stack.linears(index))
+    anatomy = Anatomy(model.module, model.blocks, linears, model.stack.path)
+    reshaper: Reshaper[Any] = registry.load("reshape", stage.method)(stage.method_options(), seed)
+    try:
+        reshaper.check(anatomy)
+    except PlanError as error:
+        error.where = f"{where}.{error.where}" if error.where else where
+        raise
+    return ReshapePlan(stage, reshaper, anatomy)
 
 
 def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) -> StagePlan:
@@ -187,16 +224,21 @@ def check_tokens(plan: StagePlan, tokens: int, *, where: str) -> tuple[str, ...]
     return tuple(notes)
 
 
-def check_probes(plan: StagePlan, samples: int, sequence_length: int, *, where: str) -> None:
-    """Refuse calibration text that is less than the allocator measures losses on, or the pruner gradients.
+def check_probes(plan: StagePlan | ReshapePlan, samples: int, sequence_length: int, *, where: str) -> None:
+    """Refuse calibration text that is less than what losses, gradients or predictions are computed on.
 
     Raises:
         TooFewTokens: with both amounts.
     """
-    for key, name, what, probes in (
-        ("allocate", plan.stage.allocate.method, "losses", plan.allocator.probes()),
-        ("method", plan.stage.method, "gradients", plan.pruner.probes()),
-    ):
+    asked = (
+        [("method", plan.stage.method, "predictions", plan.reshaper.probes())]
+        if isinstance(plan, ReshapePlan)
+        else [
+            ("allocate", plan.stage.allocate.method, "losses", plan.allocator.probes()),
+            ("method", plan.stage.method, "gradients", plan.pruner.probes()),
+        ]
+    )
+    for key, name, what, probes in asked:
         if probes is not None and (samples < probes.samples or sequence_length < probes.sequence_length):
             raise TooFewTokens(
                 f"{name} measures {what} on {probes.samples} samples of {probes.sequence_length} "

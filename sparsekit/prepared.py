@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.cost import Cost, estimate
 from sparsekit.errors import PlanError
 from sparsekit.models.lazy_model import LazyModel
-from sparsekit.models.source import ModelSource
+from sparsekit.models.source import ModelSource, open_model
 from sparsekit.pattern import Block
-from sparsekit.plan import StagePlan, check_probes, check_tokens, plan_stage
+from sparsekit.plan import ReshapePlan, StagePlan, check_probes, check_tokens, plan_reshape, plan_stage
+from sparsekit.progress import Silent
 from sparsekit.recipe.nulls import null_recipe
 from sparsekit.recipe.schema import Recipe
 
@@ -23,10 +25,12 @@ class Prepared:
     Attributes:
         recipe, source: What was brought together.
         model: The source, block by block.
-        plans: One for each stage.
+        reshapes: One plan for each reshape stage; they come first.
+        plans: One for each prune stage, for the model as it was before any reshaping where that is still to come.
         cost: What the run needs, nulls apart.
         notes: What the user should know.
         nulls: The same for each null of the recipe that is not the recipe itself.
+        config: Keys of config.json that reshaping has changed.
     """
 
     recipe: Recipe
@@ -36,28 +40,30 @@ class Prepared:
     cost: Cost
     notes: tuple[str, ...] = ()
     nulls: Mapping[str, Prepared] = field(default_factory=dict)
+    reshapes: tuple[ReshapePlan, ...] = ()
+    config: Mapping[str, JSON] = field(default_factory=dict)
 
     @property
     def disk_bytes(self) -> int:
         """Most that lies on the disk at once: a folder for each stage, and those of one null beside them."""
-        own = self.cost.disk_bytes * len(self.plans)
+        own = self.cost.disk_bytes * len(self.recipe.stages)
         return own + max((null.disk_bytes for null in self.nulls.values()), default=0)
 
     @property
     def needs_data(self) -> bool:
         """Whether any stage reads calibration text."""
-        return any(plan.needs_data for plan in self.plans)
+        return any(plan.needs_data for plan in _all(self.reshapes, self.plans))
 
 
 def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
     """Plan a recipe for a model; refuses all that can be refused without reading weights or text."""
     model = source.lazy()
     model.require_tensors()
-    plans = tuple(
-        plan_stage(model, stage, recipe.calibration.seed, where=f"stages.{position}")
-        for position, stage in enumerate(recipe.stages)
+    seed, first = recipe.calibration.seed, len(recipe.reshapes)
+    reshapes = tuple(
+        plan_reshape(model, stage, seed, where=f"stages.{position}") for position, stage in enumerate(recipe.reshapes)
     )
-    _refuse_broken_blocks(plans)
+    plans = _plan_prunes(model, recipe)
     spec = recipe.calibration
     length = spec.sequence_length or min(2048, source.max_length)
     if length > source.max_length:
@@ -65,12 +71,12 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
             f"calibration.sequence_length {length} is longer than the model's maximum {source.max_length}",
             hint=f"Set it to {source.max_length} or less.",
         )
-    samples = spec.samples if any(plan.needs_data for plan in plans) else 0
-    for position, plan in enumerate(plans):
-        check_probes(plan, samples, length, where=f"stages.{position}")
+    samples = spec.samples if any(plan.needs_data for plan in _all(reshapes, plans)) else 0
+    for position, probed in enumerate(_all(reshapes, plans)):
+        check_probes(probed, samples, length, where=f"stages.{position}")
     notes = tuple(
         note
-        for position, plan in enumerate(plans)
+        for position, plan in enumerate(plans, first)
         for note in (*plan.notes, *check_tokens(plan, samples * length, where=f"stages.{position}"))
     )
     found: dict[str, Recipe | None] = {null: null_recipe(recipe, null) for null in recipe.evaluate.nulls}
@@ -78,10 +84,47 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
         f"null {name} is left out: the recipe itself is {name}" for name, null in found.items() if null is None
     )
     nulls = {name: prepare(null, source) for name, null in found.items() if null is not None}
-    return Prepared(recipe, source, model, plans, estimate(model, plans, samples, length), notes, nulls)
+    cost = estimate(model, plans, samples, length, reshapes)
+    return Prepared(recipe, source, model, plans, cost, notes, nulls, reshapes)
 
 
-def _refuse_broken_blocks(plans: Sequence[StagePlan]) -> None:
+def reshaped(prepared: Prepared, folder: Path, config: Mapping[str, JSON]) -> Prepared:
+    """Return what is left to do once the first reshape stage has written its model to `folder`.
+
+    Args:
+        prepared: The plan so far.
+        folder: The reshaped model, with its configuration and index.
+        config: Keys of config.json that the stage has changed.
+
+    Raises:
+        PlanError: A later stage cannot do the model that is left.
+    """
+    trust = prepared.source.trust_remote_code
+    opened = open_model(str(folder), Silent(), trust_remote_code=trust)
+    model = opened.lazy()
+    model.require_tensors()
+    first, seed = 1 + len(prepared.recipe.reshapes) - len(prepared.reshapes), prepared.recipe.calibration.seed
+    rest = prepared.recipe.reshapes[first:]
+    reshapes = tuple(plan_reshape(model, stage, seed, where=f"stages.{n}") for n, stage in enumerate(rest, first))
+    plans = _plan_prunes(model, prepared.recipe)
+    return replace(prepared, model=model, plans=plans, reshapes=reshapes, config={**prepared.config, **config})
+
+
+def _all(reshapes: Sequence[ReshapePlan], plans: Sequence[StagePlan]) -> list[ReshapePlan | StagePlan]:
+    return [*reshapes, *plans]
+
+
+def _plan_prunes(model: LazyModel, recipe: Recipe) -> tuple[StagePlan, ...]:
+    first = len(recipe.reshapes)
+    plans = tuple(
+        plan_stage(model, stage, recipe.calibration.seed, where=f"stages.{position}")
+        for position, stage in enumerate(recipe.prunes, first)
+    )
+    _refuse_broken_blocks(plans, first)
+    return plans
+
+
+def _refuse_broken_blocks(plans: Sequence[StagePlan], first: int) -> None:
     """A stage that reorders outputs would tear blocks of several outputs that a stage before it has made.
 
     Raises:
@@ -91,8 +134,8 @@ def _refuse_broken_blocks(plans: Sequence[StagePlan]) -> None:
         for earlier, before in enumerate(plans[:later]):
             if plan.pruner.permutes and isinstance(before.pattern, Block) and before.pattern.rows > 1:
                 raise PlanError(
-                    f"its permutation of channels would break the {before.pattern} blocks of stages.{earlier}",
-                    where=f"stages.{later}",
+                    f"its permutation of channels would break the {before.pattern} blocks of stages.{first + earlier}",
+                    where=f"stages.{first + later}",
                     hint="Swap the stages, or set permute: false.",
                 )
 

@@ -24,6 +24,7 @@ ROOMS: dict[str, tuple[str, str, str]] = {
     "allocate": ("allocator", "Allocator", "sparsekit.allocators"),
     "refine": ("refiner", "MaskRefiner", "sparsekit.refiners"),
     "update": ("update", "WeightUpdate", "sparsekit.updates"),
+    "reshape": ("reshaper", "Reshaper", "sparsekit.reshapers"),
 }
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 

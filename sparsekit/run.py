@@ -19,6 +19,7 @@ from sparsekit.describe import (
     base,
     describe_blocks,
     describe_model,
+    describe_reshape,
     describe_stage,
     peak_memory_bytes,
     tools,
@@ -31,12 +32,11 @@ from sparsekit.models.source import ModelSource
 from sparsekit.plan import BASE_MEMORY_BYTES, require_memory
 from sparsekit.prepared import Prepared
 from sparsekit.progress import Reporter
-from sparsekit.prune import StageResult
 from sparsekit.quality import check_evaluation, measure, with_nulls
 from sparsekit.recipe.schema import Recipe
 from sparsekit.report.pages import pages
 from sparsekit.report.summary import summarise
-from sparsekit.stages import drop_scratch, run_stages
+from sparsekit.stages import Ran, drop_scratch, run_stages
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def execute(
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         return Outcome(out, report, missed_gates=tuple(report["missed_gates"]), already_finished=True)
     with StagedCheckpoint.open(out, identity, overwrite=overwrite, resume=resume) as staged:
-        results = run_stages(prepared, blocks, staged, reporter, resume=resume, database=database)
+        ran = run_stages(prepared, blocks, staged, reporter, resume=resume, database=database)
         scores = measure(prepared, staged, reporter) if evaluation else None
         if scores:
             scores = with_nulls(scores, prepared, blocks, staged, reporter, resume=resume)
@@ -117,7 +117,13 @@ def execute(
             "model": describe_model(prepared),
             "recipe": prepared.recipe.resolved(),
             "calibration": describe_blocks(blocks),
-            "stages": [describe_stage(plan, result) for plan, result in zip(prepared.plans, results, strict=True)],
+            "reshapes": [
+                describe_reshape(stage, result)
+                for stage, result in zip(prepared.recipe.reshapes, ran.reshapes, strict=True)
+            ],
+            "stages": [
+                describe_stage(plan, result) for plan, result in zip(ran.prepared.plans, ran.results, strict=True)
+            ],
             "bytes": {"source": prepared.source.weights.total_bytes, "output": weights_bytes(staged.folder)},
             "evaluation": scores.to_json() if scores else None,
             "missed_gates": missed,
@@ -130,19 +136,19 @@ def execute(
         for name, data in written.items():
             staged.write_file(name, data)
         committed = staged.commit(
-            {**_manifest(prepared, results), "base": base(report["model"])},
+            {**_manifest(ran), "base": base(report["model"])},
             volatile=written.keys(),  # they hold timings
         )
     drop_scratch(committed)
     return Outcome(committed, report, scores, tuple(missed))
 
 
-def _manifest(prepared: Prepared, results: Sequence[StageResult]) -> dict[str, Any]:
+def _manifest(ran: Ran) -> dict[str, Any]:
     """Return what the manifest says of the tensors; one that several stages pruned is what the last made of it."""
-    tensors = {name: facts for result in results for name, facts in result.tensors.items()}
-    packed = results[-1].packed
+    tensors = {name: facts for result in ran.results for name, facts in result.tensors.items()}
+    packed = ran.results[-1].packed if ran.results else {}
     return {
-        "layout": "packed" if is_packed(prepared) else "dense",
+        "layout": "packed" if is_packed(ran.prepared) else "dense",
         "tools": tools(),
         "tensors": {name: facts for name, facts in tensors.items() if name not in packed},
         "packed": {name: {**facts, **tensors[name]} for name, facts in packed.items()},

@@ -10,24 +10,48 @@ None of them is ever committed. A run that was killed finds its shards in them a
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsekit import fs
 from sparsekit.allocation import Workspace
-from sparsekit.assemble import is_packed, shard_names, write_model_files
+from sparsekit.assemble import is_packed, shard_name, shard_names, write_model_files
 from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.checkpoint.recovery import Place
 from sparsekit.checkpoint.staging import StagedCheckpoint
+from sparsekit.contracts import LinearInfo
 from sparsekit.data.packing import TokenBlocks
 from sparsekit.describe import tools
 from sparsekit.pack import Encoding, Layout
-from sparsekit.plan import StagePlan
-from sparsekit.prepared import Prepared
+from sparsekit.plan import ReshapePlan, StagePlan
+from sparsekit.prepared import Prepared, reshaped
 from sparsekit.progress import Reporter
 from sparsekit.prune import Form, StageResult, prune_stage
-from sparsekit.recipe.schema import Recipe
+from sparsekit.recipe.schema import Recipe, Stage
+from sparsekit.reshaping import ReshapeResult, reshape_stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _STAGE = re.compile(r"stage-\d+")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What the stages of a recipe have done.
+
+    Attributes:
+        prepared: The plans as they were in the end, for the model that reshaping has left.
+        reshapes: What each reshape stage did.
+        results: What each prune stage did.
+    """
+
+    prepared: Prepared
+    reshapes: tuple[ReshapeResult, ...]
+    results: tuple[StageResult, ...]
 
 
 def run_stages(
@@ -38,8 +62,8 @@ def run_stages(
     *,
     resume: bool,
     database: Path | None = None,
-) -> list[StageResult]:
-    """Run the stages in order, each on the shards of the one before; the last writes a whole model into `staged`.
+) -> Ran:
+    """Run the stages in order, each on what the one before made; the last writes a whole model into `staged`.
 
     Args:
         prepared: The plan.
@@ -49,22 +73,62 @@ def run_stages(
         resume: Go on with stages that an interrupted run left.
         database: Where searches keep what they measure; None: beside OUT.
     """
+    run = _Run(blocks, staged, reporter, resume, database, len(prepared.recipe.stages))
+    reshapes: list[ReshapeResult] = []
+    while prepared.reshapes:
+        plan = prepared.reshapes[0]
+        with run.folder(len(reshapes)) as work:
+            workspace = run.workspace(len(reshapes), prepared, plan.stage, ())
+            result = reshape_stage(prepared.model, plan, run.samples(plan), work, shard_name, reporter, workspace)
+            reshapes.append(result)
+            config = {**prepared.config, **result.config}
+            write_model_files(replace(prepared, config=config), work, len(result.blocks))
+        prepared = reshaped(prepared, work.folder, result.config)
     names = shard_names(prepared)
     results = []
-    for position, plan in enumerate(prepared.plans):
-        kept = (database or levels_folder(staged.out)) / f"stage-{position}"
-        workspace = Workspace(kept, _identity(prepared, blocks, plan))
-        samples = blocks.ids if blocks is not None and plan.needs_data else None
-        if position == len(prepared.plans) - 1:
-            form = _form(prepared.recipe) if is_packed(prepared) else None
-            results.append(prune_stage(prepared.model, plan, samples, staged, names, reporter, form, workspace))
-        else:
-            folder = staged.out.with_name(f"{staged.out.name}.stage-{position}")
-            identity: dict[str, JSON] = {"run": staged.run_id, "stage": position}
-            with StagedCheckpoint.open(folder, identity, overwrite=True, resume=resume) as work:
-                results.append(prune_stage(prepared.model, plan, samples, work, names, reporter, None, workspace))
-    write_model_files(prepared, staged)
-    return results
+    for position, pruned in enumerate(prepared.plans, len(reshapes)):
+        last = position == run.stages - 1
+        form = _form(prepared.recipe) if last and is_packed(prepared) else None
+        workspace = run.workspace(position, prepared, pruned.stage, pruned.free)
+        with run.folder(position) as work:
+            results.append(
+                prune_stage(prepared.model, pruned, run.samples(pruned), work, names, reporter, form, workspace)
+            )
+    if prepared.plans:
+        write_model_files(prepared, staged, prepared.model.blocks)
+    return Ran(prepared, tuple(reshapes), tuple(results))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all stages of a run share; `stages` is their number."""
+
+    blocks: TokenBlocks | None
+    staged: StagedCheckpoint
+    reporter: Reporter
+    resume: bool
+    database: Path | None
+    stages: int
+
+    def samples(self, plan: StagePlan | ReshapePlan) -> Tensor | None:
+        """Return the calibration ids, None for a stage that reads none."""
+        return self.blocks.ids if self.blocks is not None and plan.needs_data else None
+
+    def workspace(self, position: int, prepared: Prepared, stage: Stage, linears: Sequence[LinearInfo]) -> Workspace:
+        """Return where the stage's searches keep files, and what those belong to."""
+        kept = (self.database or levels_folder(self.staged.out)) / f"stage-{position}"
+        return Workspace(kept, _identity(prepared, self.blocks, position, stage, linears))
+
+    @contextmanager
+    def folder(self, position: int) -> Iterator[StagedCheckpoint]:
+        """Open where a stage writes: the checkpoint itself for the last one, else a folder beside it."""
+        if position == self.stages - 1:
+            yield self.staged
+            return
+        folder = self.staged.out.with_name(f"{self.staged.out.name}.stage-{position}")
+        identity: dict[str, JSON] = {"run": self.staged.run_id, "stage": position}
+        with StagedCheckpoint.open(folder, identity, overwrite=True, resume=self.resume) as work:
+            yield work
 
 
 def null_folder(out: Path, name: str) -> Path:
@@ -92,18 +156,21 @@ def drop_scratch(out: Path) -> None:
         fs.remove_tree(levels)
 
 
-def _identity(prepared: Prepared, blocks: TokenBlocks | None, plan: StagePlan) -> dict[str, JSON]:
-    """Return what the files of an allocator depend on: all but its own options and what comes after it."""
+def _identity(
+    prepared: Prepared, blocks: TokenBlocks | None, position: int, stage: Stage, linears: Sequence[LinearInfo]
+) -> dict[str, JSON]:
+    """Return what the files of a search depend on: all but an allocator's own options and what comes after it."""
     versions = tools()
     del versions["python"]  # does not change a result
-    stage = plan.stage.model_dump(mode="json", exclude={"allocate", "refine", "update", "propagate", "min_coverage"})
-    linears: dict[str, JSON] = {linear.name: [linear.out_features, linear.in_features] for linear in plan.free}
+    apart = {"allocate", "refine", "update", "propagate", "min_coverage"}
+    before: list[JSON] = [earlier.model_dump(mode="json") for earlier in prepared.recipe.stages[:position]]
     return {
         "model": prepared.source.identity(),
         "calibration": blocks.fingerprint if blocks else None,
-        "stage": stage,
-        "linears": linears,
+        "stage": stage.model_dump(mode="json", exclude=apart),
+        "linears": {linear.name: [linear.out_features, linear.in_features] for linear in linears},
         "versions": versions,
+        **({"before": before} if before else {}),
     }
 
 

@@ -58,6 +58,13 @@ class Visit:
             _join(stats, self._walk.differentiate(self, stats.keys(), of_gradients))
         return stats
 
+    def flow(self, name: str) -> Stat:
+        """Run the block on all samples; return a statistic of the hidden states around it.
+
+        Its outputs are the next block's inputs: what is changed afterwards, later blocks do not see.
+        """
+        return self._walk.flow(self, registry.load("stats", name))
+
     def adopt(self, shard: Path) -> None:
         """Take this block's tensors from a shard written earlier."""
         self._walk.model.release_block(self.index)
@@ -159,7 +166,16 @@ class _Walk:
         visit.notes.extend(notes)
         return stats
 
-    def _forward(self, visit: Visit, *, keep: bool, collector: _Collector | None = None) -> None:
+    def flow(self, visit: Visit, kind: type[Stat]) -> Stat:
+        if self.samples is None:
+            raise SparsekitError("statistics of hidden states asked for in a walk without samples")
+        stat = kind(self.hidden[0].shape[-1])
+        self._forward(visit, keep=True, flow=stat)
+        return stat
+
+    def _forward(
+        self, visit: Visit, *, keep: bool, collector: _Collector | None = None, flow: Stat | None = None
+    ) -> None:
         """Run the block on every sample; with `keep` its outputs become the next block's inputs."""
         where = self.model.stack.prefix(visit.index)
         calls = self.calls[visit.index]
@@ -174,6 +190,9 @@ class _Walk:
             if out.shape != self.hidden[sample].shape:
                 got = list(self.hidden[sample].shape)
                 raise SparsekitError(f"block returned {list(out.shape)}, got {got}", where=where)
+            if flow is not None:
+                with turns.turn("flow", sample):
+                    flow.update(torch.stack([self.hidden[sample], out]).flatten(1, -2))
             if keep:
                 _refuse_nonfinite(out, where, sample)
                 # In place: tensors that live on between those that come and go would keep freed memory from the system.

@@ -16,7 +16,7 @@ from sparsekit.cli.options import Json
 from sparsekit.contracts import Allocator, Method
 from sparsekit.errors import UnknownName
 
-_ROOMS = ("pruners", "refine", "update", "allocate", "stats")
+_ROOMS = ("pruners", "refine", "update", "allocate", "reshape", "stats")
 _HEADING = re.compile(r"^[A-Z][A-Za-z ]+:", re.MULTILINE)
 
 

@@ -118,13 +118,18 @@ def _search_budgets(recipe: Recipe, budget: str) -> list[str]:
     Raises:
         UsageError: Nothing in it searches.
     """
-    searches = [n for n, stage in enumerate(recipe.stages) if "budget" in type(stage.allocate).model_fields]
+    places = {
+        f"stages.{position}{key}.budget": spec
+        for position, stage in enumerate(recipe.stages)
+        for key, spec in (("", stage), (".allocate", getattr(stage, "allocate", None)))
+    }
+    searches = [place for place, spec in places.items() if "budget" in getattr(type(spec), "model_fields", ())]
     if not searches:
         raise UsageError(
             f"--budget limits a search, {recipe.name} has none",
             hint="Use a recipe that searches, such as evopress-70, or leave --budget out.",
         )
-    return [f"stages.{position}.allocate.budget={budget}" for position in searches]
+    return [f"{place}={budget}" for place in searches]
 
 
 def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:
@@ -134,6 +139,12 @@ def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:
     if as_json:
         render.emit_json(plan)
         return
+    for change in plan["reshapes"]:
+        options = ", ".join(f"{key} {value}" for key, value in change["options"].items())
+        render.emit(f"{change['method']}: {options}")
+        _show_search(change["search"])
+    if plan["reshapes"] and plan["stages"]:
+        render.emit("What follows is pruned of what is left; its plan is shown for the whole model.")
     for stage in plan["stages"]:
         rows = [
             [kind["kind"], f"{kind['count']} x {kind['shape'][0]} x {kind['shape'][1]}", _share(kind), kind["pattern"]]
@@ -146,9 +157,7 @@ def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:
             render.emit(
                 f"Averages: {stage['allocate']} looks at the model first, each linear's sparsity is its choice."
             )
-        if search := stage["search"]:
-            spent = f"{search['tokens']:,} tokens" if search["tokens"] else seconds_text(search["seconds"])
-            render.emit(f"search  at most {spent}; --budget sets another limit")
+        _show_search(stage["search"])
     cost: dict[str, Any] = plan["cost"]
     render.emit(f"memory  about {bytes_text(cost['memory_bytes'])}")
     render.emit(f"disk    {bytes_text(cost['disk_bytes'])}")
@@ -157,6 +166,12 @@ def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:
     for name, more in plan["nulls"].items():
         render.emit(f"null    {name}: {_null_cost(more)}")
     render.emit(f"output  {plan['out']}")
+
+
+def _show_search(search: dict[str, Any] | None) -> None:
+    if search:
+        spent = f"{search['tokens']:,} tokens" if search["tokens"] else seconds_text(search["seconds"])
+        render.emit(f"search  at most {spent}; --budget sets another limit")
 
 
 def _null_cost(cost: dict[str, Any]) -> str:

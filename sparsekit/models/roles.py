@@ -7,11 +7,15 @@ models: channels reordered and norm scales moved leave their outputs as they are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sparsekit.errors import UnsupportedFamily
+
+Part = Literal["attention", "mlp"]
+"""A branch of a block."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,20 @@ class FamilySpec:
     branch_norms: tuple[str, ...] = ()
     routers: tuple[str, ...] = ()
     head: str = "lm_head"
+
+    def branch(self, part: Part, names: Collection[str]) -> dict[str, bool]:
+        """Return those of a block's linears that are its attention or its MLPs, and whether each ends its branch.
+
+        Args:
+            part: Which.
+            names: The linears of the block, relative to it.
+        """
+        if part == "attention":
+            a = self.attention
+            found = {name: name == a.output for name in (a.query, a.key, a.value, a.output)}
+        else:
+            found = {name: name == mlp.down for mlp in self.mlps for name in (mlp.gate, mlp.up, mlp.down) if name}
+        return {name: ends for name in names for pattern, ends in found.items() if fnmatch.fnmatchcase(name, pattern)}
 
 
 _ATTENTION = Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

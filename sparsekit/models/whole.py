@@ -6,7 +6,7 @@ only this block and those behind it run for a loss: on average half of the model
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.contracts import LinearInfo, WholeModel
@@ -17,7 +17,8 @@ from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.linears import Linear
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
 
 class LoadedModel(WholeModel):
@@ -43,6 +44,8 @@ class LoadedModel(WholeModel):
         for index in range(self._model.blocks):
             self._model.load_block(index)
             self._linears |= {linear.name: linear for linear in self._model.stack.linears(index)}
+        self._pass: Callable[[Tensor], Any] | None = None  # makes hidden states into what a block returns
+        self._hooks: list[RemovableHandle] = []
         self._at = 0
         self._inputs: list[Tensor] = []  # of block `_at`, per sample; once a loss has been asked for
 
@@ -61,6 +64,19 @@ class LoadedModel(WholeModel):
         with torch.no_grad():
             out: Tensor = self._model.module(input_ids=self._ids[sample][None], use_cache=False).logits[0]
         return out
+
+    def omit(self, blocks: Collection[int], silent: Collection[LinearInfo] = ()) -> None:
+        """Predict without these blocks, and with zeros as the outputs of the `silent` linears; until asked again."""
+        if self._pass is None:
+            self._pass = return_template(self._model, self._ids[:1, :8])
+        for hook in self._hooks:
+            hook.remove()
+        modules = {id(module): module for info in silent for module in (self._linears[info.name].module,)}
+        self._hooks = [module.register_forward_hook(_zeros) for module in modules.values()]
+        for index, block in enumerate(self._model.stack.blocks):
+            block.__dict__.pop("forward", None)
+            if index in blocks:
+                block.__dict__["forward"] = _passed(self._pass)  # shadows the method
 
     def loss(self, linear: LinearInfo, weight: Tensor, sample: int) -> float:
         """Return the mean loss of a sample with `weight: [out, in]` in place; the linear's own is back bit for bit."""
@@ -111,3 +127,16 @@ class LoadedModel(WholeModel):
             for block in passed_over:
                 del block.__dict__["forward"]
         return torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:])
+
+
+def _passed(template: Callable[[Tensor], Any]) -> Callable[..., Any]:
+    """Return a forward of a block that hands its input on."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return template(args[0] if args else kwargs["hidden_states"])
+
+    return forward
+
+
+def _zeros(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return torch.zeros_like(out)

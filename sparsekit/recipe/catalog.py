@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsekit import registry
 from sparsekit.errors import RecipeReferenceError, RecipeSchemaError
-from sparsekit.recipe.schema import PARTS, Recipe, part_model, stage_model
+from sparsekit.recipe.schema import PARTS, STAGES, Recipe, part_model, stage_model
 from sparsekit.recipe.yaml_positions import read_file
 
 
@@ -80,7 +80,11 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema(mode="validation")
     definitions: dict[str, Any] = schema.setdefault("$defs", {})
     parts = {room: _part_schema(definitions, room) for room in PARTS}
-    stages = [_reference(definitions, stage_model(name), name, **parts) for name in registry.names("pruners")]
+    stages = [
+        _reference(definitions, stage_model(kind, name), name, **(parts if kind == "prune" else {}))
+        for kind, (_, room) in STAGES.items()
+        for name in registry.names(room)
+    ]
     properties = schema["properties"]
     properties["stages"]["items"] = {"anyOf": stages}
     properties["extends"] = {

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from sparsekit import registry
 from sparsekit.errors import RecipeSchemaError
-from sparsekit.recipe.schema import PARTS, PruneStage, Recipe, near, part_model, stage_model
+from sparsekit.recipe.schema import PARTS, STAGES, Recipe, near, part_model, stage_kind, stage_model
 from sparsekit.recipe.yaml_positions import Data, Mark, Node
 
 Path = tuple[str | int, ...]
@@ -195,7 +195,7 @@ def _schema_at(path: Path, data: Data) -> dict[str, Any]:
     for position, step in enumerate(path):
         here = _step(here, step)
         if path[0] == "stages" and position == 1:
-            root = schema = _joined_schema(here, "pruners")
+            root = schema = _stage_schema(here)
         elif path[0] == "stages" and position == 2 and step in PARTS:
             root = schema = _joined_schema(here, str(step))
         elif isinstance(step, int):
@@ -215,11 +215,17 @@ def _step(here: Any, step: str | int) -> Any:
     return here[step] if isinstance(here, list) and isinstance(step, int) and step < len(here) else None
 
 
+def _stage_schema(here: Any) -> dict[str, Any]:
+    kind = stage_kind(here)
+    base, room = STAGES[kind]
+    method = here.get("method") if isinstance(here, dict) else None
+    known = isinstance(method, str) and method in registry.names(room)
+    return (stage_model(kind, str(method)) if known else base).model_json_schema()
+
+
 def _joined_schema(here: Any, room: str) -> dict[str, Any]:
-    base: type[BaseModel] = PARTS.get(room, PruneStage)
+    base: type[BaseModel] = PARTS[room]
     default = base.model_fields["method"].get_default()
     method = here.get("method", default) if isinstance(here, dict) else None
-    if isinstance(method, str) and method in registry.names(room):
-        model: type[BaseModel] = part_model(room, method) if room in PARTS else stage_model(method)
-        return model.model_json_schema()
-    return base.model_json_schema()
+    known = isinstance(method, str) and method in registry.names(room)
+    return (part_model(room, str(method)) if known else base).model_json_schema()

@@ -166,6 +166,25 @@ class PruneStage(Section):
         return None if spec is None else (spec.method, _options(spec, room))
 
 
+class ReshapeStage(Section):
+    """One change of the model's shape; the options of its method stand beside these keys."""
+
+    stage: Literal["reshape"] = Field(description="kind of stage; comes before all pruning")
+    method: str = Field(description="name of a reshaper")
+
+    def method_options(self) -> Any:
+        """Return the options of the method: an instance of its `options_type`."""
+        return _options(self, "reshape")
+
+
+Stage = PruneStage | ReshapeStage
+STAGES: dict[str, tuple[type[PruneStage | ReshapeStage], str]] = {
+    "prune": (PruneStage, "pruners"),
+    "reshape": (ReshapeStage, "reshape"),
+}
+"""Kind of stage -> its model, and the room that its `method` is of."""
+
+
 class SaveSpec(Section):
     """How the checkpoint is written."""
 
@@ -233,12 +252,31 @@ class Recipe(Section):
     name: str = Field(pattern=_NAME, description="letters, digits, dot, dash and underscore, at most 64")
     description: str = Field(min_length=1, max_length=100, pattern=r"^[^\n]*$", description="one line")
     calibration: CalibrationSpec = CalibrationSpec()
-    stages: tuple[Annotated[SerializeAsAny[PruneStage], PlainValidator(lambda value: _stage(value))], ...] = Field(
+    stages: tuple[Annotated[SerializeAsAny[Stage], PlainValidator(lambda value: _stage(value))], ...] = Field(
         min_length=1, description="what is done to the model, in order"
     )
     save: SaveSpec = SaveSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     gates: Gates = Gates()
+
+    @model_validator(mode="after")
+    def _reshape_first(self) -> Self:
+        kinds = [stage.stage for stage in self.stages]
+        if kinds != sorted(kinds, reverse=True):
+            raise ValueError("a reshape stage stands behind a prune stage; reshape first, what is left is then pruned")
+        if self.save.format not in ("auto", "dense") and "prune" not in kinds:
+            raise ValueError(f"save.format {self.save.format} packs pruned weights, and no stage prunes")
+        return self
+
+    @property
+    def prunes(self) -> tuple[PruneStage, ...]:
+        """Stages that prune; they come last."""
+        return tuple(stage for stage in self.stages if isinstance(stage, PruneStage))
+
+    @property
+    def reshapes(self) -> tuple[ReshapeStage, ...]:
+        """Stages that change shapes; they come first."""
+        return tuple(stage for stage in self.stages if isinstance(stage, ReshapeStage))
 
     def resolved(self) -> dict[str, Any]:
         """Return the whole recipe as JSON-able data: defaults and methods' options in, nothing inherited."""
@@ -252,20 +290,27 @@ class Recipe(Section):
 
 
 @cache
-def stage_model(method: str) -> type[PruneStage]:
-    """Return `PruneStage` joined with the options of a pruner.
+def stage_model(kind: str, method: str) -> type[Any]:
+    """Return the model of a kind of stage joined with the options of its method.
 
     Raises:
-        UnknownName: No such pruner.
+        UnknownName: No such method.
         PluginBroken: An option is called like a key of the stage.
     """
-    return _joined(PruneStage, "pruners", method)
+    return _joined(*STAGES[kind], method)
 
 
 @cache
 def part_model(room: str, method: str) -> type[Any]:
     """Return the spec of `PARTS` joined with the options of a method of that room; raises as `stage_model`."""
     return _joined(PARTS[room], room, method)
+
+
+def stage_kind(raw: Any) -> str:
+    """Return the kind of stage that a mapping is meant to be: what `stage`, or a misspelt key like it, says."""
+    found = raw.items() if isinstance(raw, dict) else ()
+    meant = [kind for key, kind in found if near(str(key), ["stage"]) and isinstance(kind, str) and kind in STAGES]
+    return meant[0] if meant else "prune"
 
 
 def near(word: str, choices: Iterable[str]) -> str | None:
@@ -291,10 +336,18 @@ def _options(joined: BaseModel, room: str) -> Any:
     return options.model_validate({name: getattr(joined, name) for name in options.model_fields})
 
 
-def _stage(value: Any) -> PruneStage:
-    if isinstance(value, PruneStage):
+def _stage(value: Any) -> Stage:
+    if isinstance(value, PruneStage | ReshapeStage):
         value = value.model_dump(mode="json")
-    return _with_method(_implied_sparsity(value), PruneStage, stage_model)  # type: ignore[no-any-return]
+    kind = value.get("stage") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind not in STAGES:
+        hint = near(kind, STAGES)
+        text = f"unknown kind of stage {kind!r}" + (f"; did you mean {hint}?" if hint else "")
+        error = PydanticCustomError("kind", "{text}", {"text": f"{text}; there are {', '.join(STAGES)}"})
+        raise _errors(PruneStage, [{"type": error, "loc": ("stage",), "input": kind}])
+    known = stage_kind(value)
+    raw = _implied_sparsity(value) if known == "prune" else value
+    return _with_method(raw, STAGES[known][0], lambda method: stage_model(known, method))  # type: ignore[no-any-return]
 
 
 def _implied_sparsity(raw: Any) -> Any:

@@ -13,7 +13,7 @@ from sparsekit.recipe.load import dump_yaml
 from sparsekit.report.errors import error_table
 from sparsekit.report.scores import ScoreTable, score_table
 from sparsekit.report.search import search_panels
-from sparsekit.report.summary import Summary, summarise
+from sparsekit.report.summary import Summary, reshaped, summarise
 from sparsekit.report.text import Scrubber, is_hub_id, is_packed, number, percent
 from sparsekit.units import bytes_text, seconds_text
 
@@ -102,12 +102,16 @@ def _front_matter(report: Mapping[str, Any], source: SourceCard) -> str:
         base_model=_base_model(report, source),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*dict.fromkeys([*tags, *TAGS, *sorted({str(stage["method"]) for stage in report["stages"]})])],
+        tags=[*dict.fromkeys([*tags, *TAGS, *sorted(_methods(report))])],
     )
     for key, value in data.items():
         card[key] = value
     yaml: str = card.to_yaml()
     return yaml
+
+
+def _methods(report: Mapping[str, Any]) -> set[str]:
+    return {str(stage["method"]) for stage in (*report.get("reshapes", ()), *report["stages"])}
 
 
 def _base_model(report: Mapping[str, Any], source: SourceCard) -> str | list[str] | None:
@@ -124,6 +128,7 @@ def _base_model(report: Mapping[str, Any], source: SourceCard) -> str | list[str
 def _body(report: Mapping[str, Any], source: SourceCard) -> str:
     summary, clean = summarise(report), scrubber(report)
     label = clean.text(report["model"]["label"])
+    pruned = bool(report["stages"])
     parts = [
         f"# {escape(label)}, pruned with {escape(report['recipe']['name'])}",
         _what(report, summary, label),
@@ -132,9 +137,7 @@ def _body(report: Mapping[str, Any], source: SourceCard) -> str:
         "## What it cost",
         _scores(report, clean),
         *[panel.verdict for panel in search_panels(report)],
-        "## What changed",
-        _kinds(summary),
-        _blocks(summary),
+        *(["## What changed", _kinds(summary), _blocks(summary)] if pruned else []),
         "## How to load",
         *_loading(report),
         "## Limits",
@@ -158,7 +161,8 @@ def _loading(report: Mapping[str, Any]) -> list[str]:
         ]
     return [
         fenced(_LOAD, "python"),
-        "The folder is an ordinary Hugging Face checkpoint: pruned weights are stored as zeros in dense tensors.",
+        "The folder is an ordinary Hugging Face checkpoint"
+        + (": pruned weights are stored as zeros in dense tensors." if report["stages"] else "."),
     ]
 
 
@@ -191,12 +195,23 @@ def _what(report: Mapping[str, Any], summary: Summary, label: str) -> str:
             f"Calibration text: {escape(scrubber(report).text(calibration['source']))}, {calibration['samples']:,} x "
             f"{calibration['sequence_length']:,} tokens."
         )
-    return (
-        f"This is {name}{revision} with {percent(summary.sparsity)} of the weights in {summary.with_zeros:,} matrices "
-        f"of its {report['model']['blocks']:,} blocks set to zero after training, without retraining: "
-        f"{steps}. The pruned matrices hold {percent(summary.coverage)} of the block weights; embeddings, norms, "
-        f"routers and the output head were left as they were. {text}"
-    )
+    parts = [f"This is {name}{revision}, made smaller after training, without retraining."]
+    if report.get("reshapes"):
+        how = "; then ".join(f"{code(change['method'])}, {_plan(change['plan'])}" for change in report["reshapes"])
+        parts.append(f"It has {reshaped(report)}: {how}.")
+    if steps:
+        blocks = report["reshapes"][-1]["blocks"] if report.get("reshapes") else report["model"]["blocks"]
+        parts.append(
+            f"{percent(summary.sparsity)} of the weights in {summary.with_zeros:,} matrices of its {blocks:,} blocks "
+            f"are zero: {steps}. The pruned matrices hold {percent(summary.coverage)} of the block weights; "
+            "embeddings, norms, routers and the output head were left as they were."
+        )
+    return " ".join([*parts, text])
+
+
+def _plan(plan: Mapping[str, Any]) -> str:
+    """Return what a reshaper decided, in words."""
+    return ", ".join(f"{key}: {escape(str(value))}" for key, value in plan.items())
 
 
 def _command(report: Mapping[str, Any], clean: Scrubber) -> str:
@@ -259,7 +274,7 @@ def _limits(report: Mapping[str, Any], summary: Summary) -> str:
     files = f"Files are {bytes_text(after)} ({bytes_text(before)} before)"
     dense = "zeros in dense tensors take as much room as other numbers, and plain transformers computes with them at "
     lines = [
-        f"{files}." if is_packed(report) else f"{files}: {dense}the same speed.",
+        f"{files}." if is_packed(report) or not report["stages"] else f"{files}: {dense}the same speed.",
         "Fine-tuning, or merging an adapter, fills zeros again unless the mask is kept; `sparsekit inspect` shows it.",
     ]
     if report["evaluation"]:
@@ -267,7 +282,7 @@ def _limits(report: Mapping[str, Any], summary: Summary) -> str:
             "Quality was measured on the text and tasks above only; other languages, domains and safety behaviour "
             "were not."
         )
-    if summary.coverage < 1:
+    if report["stages"] and summary.coverage < 1:
         lines.append(f"{percent(1 - summary.coverage)} of the block weights stayed dense.")
     return "\n".join(f"- {line}" for line in lines)
 

@@ -11,6 +11,7 @@ from sparsekit.recipe.load import dump_yaml
 from sparsekit.report import charts
 from sparsekit.report.card import hub_id, scrubber
 from sparsekit.report.errors import error_table
+from sparsekit.report.reshape import reshape_panels
 from sparsekit.report.scores import score_table
 from sparsekit.report.search import search_panels
 from sparsekit.report.summary import Summary, one_line, summarise
@@ -45,6 +46,7 @@ def html_page(report: Mapping[str, Any]) -> str:
         maps=[chart for chart in maps if chart],
         width=charts.WIDTH,
         searches=search_panels(report),
+        reshapes=reshape_panels(report),
         kinds_header=kinds_header,
         kinds=kinds,
         kinds_meaning=kinds_meaning,
@@ -65,14 +67,16 @@ def _name(report: Mapping[str, Any], clean: Scrubber) -> str:
 def _tiles(report: Mapping[str, Any], summary: Summary) -> list[tuple[str, str, str]]:
     """Return (what, figure, remark) of what is read first."""
     before, after = report["bytes"]["source"], report["bytes"]["output"]
-    tiles = [
-        (
-            "Zeros",
-            percent(summary.sparsity),
+    tiles = []
+    if changes := report.get("reshapes"):
+        share = changes[-1]["parameters_after"] / changes[0]["parameters_before"]
+        tiles.append(("Parameters", percent(share), f"{changes[-1]['blocks']} of {report['model']['blocks']} blocks"))
+    if report["stages"]:
+        remark = (
             f"in {summary.with_zeros:,} of {len(summary.linears):,} target matrices, "
-            f"{percent(summary.coverage)} of block weights",
+            f"{percent(summary.coverage)} of block weights"
         )
-    ]
+        tiles.append(("Zeros", percent(summary.sparsity), remark))
     comparison = (report["evaluation"] or {}).get("comparison")
     if comparison:
         base, pruned, ratio = (
@@ -86,7 +90,7 @@ def _tiles(report: Mapping[str, Any], summary: Summary) -> list[tuple[str, str, 
             )
             remark = f"{short(base)} before, {short(pruned)} after{nulls}"
             tiles.append(("Perplexity", f"{TIMES} {short(ratio)}", remark))
-    room = "" if is_packed(report) else "; zeros in dense tensors still take room"
+    room = "" if is_packed(report) or not report["stages"] else "; zeros in dense tensors still take room"
     tiles.append(("Files", bytes_text(after), f"{bytes_text(before)} before{room}"))
     memory = f"peak memory {bytes_text(report['peak_memory_bytes'])}"
     tiles.append(("Time", seconds_text(report["seconds"]), memory))
@@ -143,9 +147,21 @@ def _facts(report: Mapping[str, Any], summary: Summary, clean: Scrubber) -> list
     if resumed:
         run.append(("blocks taken from an interrupted run", f"{resumed:,}"))
     facts = [("Source model", source), ("Calibration", text), ("Run", run)]
-    for position, stage in enumerate(report["stages"]):
+    for position, change in enumerate(changes := report.get("reshapes", [])):
+        facts.append((f"Stage {position}: {change['method']}", _reshape(change)))
+    for position, stage in enumerate(report["stages"], len(changes)):
         facts.append((f"Stage {position}: {stage['method']}", _stage(stage)))
     return [*facts, ("Versions", list(report["tools"].items()))]
+
+
+def _reshape(change: Mapping[str, Any]) -> list[tuple[str, str]]:
+    options = ", ".join(f"{key} = {value}" for key, value in change["options"].items())
+    return [
+        ("options", options or "none"),
+        *[(key, str(value)) for key, value in change["plan"].items()],
+        ("blocks left", f"{change['blocks']:,}"),
+        ("parameters", f"{change['parameters_after']:,} of {change['parameters_before']:,}"),
+    ]
 
 
 def _stage(stage: Mapping[str, Any]) -> list[tuple[str, str]]:

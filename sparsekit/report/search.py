@@ -40,20 +40,28 @@ class SearchPanel:
 
 
 def search_panels(report: Mapping[str, Any]) -> list[SearchPanel]:
-    """Return a panel for every stage whose allocator searched."""
+    """Return a panel for every stage that searched."""
     return [
-        _panel(stage["allocate"], stage["allocation"])
-        for stage in report["stages"]
-        if "fitness_by_generation" in stage["allocation"]
+        *(
+            _panel("evopress", change["facts"], "random_search", change["method"])
+            for change in report.get("reshapes", ())
+            if "fitness_by_generation" in change["facts"]
+        ),
+        *(
+            _panel(stage["allocate"], stage["allocation"], "uniform", "allocation")
+            for stage in report["stages"]
+            if "fitness_by_generation" in stage["allocation"]
+        ),
     ]
 
 
-def _panel(name: str, facts: Mapping[str, Mapping[str, float]]) -> SearchPanel:
+def _panel(name: str, facts: Mapping[str, Mapping[str, float]], null: str, what: str) -> SearchPanel:
+    """Return the panel of search `name` with what its results are below `null`, for a table of `what`."""
     found = {key: float(value) for key, value in facts["divergence_from_dense"].items()}
     history = sorted((int(key), float(value)) for key, value in facts["fitness_by_generation"].items())
-    uniform = found.get("uniform")
+    base = found.get(null)
     rows = [
-        [key.replace("_", " "), number(value), f"{1 - value / uniform:+.1%}" if uniform else ""]
+        [key.replace("_", " "), number(value), f"{1 - value / base:+.1%}" if base else ""]
         for key, value in sorted(found.items(), key=lambda item: item[1])
     ]
     last = max(int(facts.get("generations", {}).get("all", 0)), history[-1][0], 1)
@@ -72,7 +80,7 @@ def _panel(name: str, facts: Mapping[str, Mapping[str, float]]) -> SearchPanel:
     every = max(-(-last // _MARKS), 1)
     return SearchPanel(
         name,
-        ["allocation", "divergence", "below uniform"],
+        [what.replace("_", " "), "divergence", f"below {null.replace('_', ' ')}"],
         rows,
         verdict(name, found),
         LINE_HEIGHT + 34,

@@ -64,7 +64,7 @@ class Group:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros."""
-        return 1 - sum(linear.kept for linear in self.linears) / self.numel
+        return 1 - sum(linear.kept for linear in self.linears) / self.numel if self.linears else 0.0
 
     def mean(self, measure: str) -> float | None:
         """Return the mean of `sparsity` or of an error, weighted by size; None if unknown."""
@@ -159,11 +159,13 @@ def one_line(report: Mapping[str, Any], out: Path | str | None = None) -> str:
         out: The checkpoint folder; left out where None.
     """
     summary = summarise(report)
-    parts = [
-        f"{summary.sparsity:.2f} zeros in {summary.with_zeros}/{len(summary.linears)} target matrices "
-        f"({percent(summary.coverage)} of block weights)",
-        f"{bytes_text(report['bytes']['source'])} -> {bytes_text(report['bytes']['output'])}",
-    ]
+    parts = [reshaped(report)] if report.get("reshapes") else []
+    if report["stages"]:
+        parts.append(
+            f"{summary.sparsity:.2f} zeros in {summary.with_zeros}/{len(summary.linears)} target matrices "
+            f"({percent(summary.coverage)} of block weights)"
+        )
+    parts.append(f"{bytes_text(report['bytes']['source'])} -> {bytes_text(report['bytes']['output'])}")
     evaluation = report.get("evaluation") or {}
     if comparison := evaluation.get("comparison"):
         dense, pruned = (to_float(comparison[key]["perplexity"]) for key in ("baseline", "model"))
@@ -179,6 +181,13 @@ def one_line(report: Mapping[str, Any], out: Path | str | None = None) -> str:
     if out is not None:
         parts.append(str(out))
     return ", ".join(parts)
+
+
+def reshaped(report: Mapping[str, Any]) -> str:
+    """Return what is left of a model whose shape was changed: blocks and parameters."""
+    last = report["reshapes"][-1]
+    before, after = report["reshapes"][0]["parameters_before"], last["parameters_after"]
+    return f"{last['blocks']} of {report['model']['blocks']} blocks, {percent(after / before)} of the parameters"
 
 
 def _times(ratio: float) -> str:

@@ -51,6 +51,11 @@ class Search:
         """Fitness of the best by generation: the start, and whenever it fell."""
         return {str(number): value for number, value in self._saved.history.items()}
 
+    @property
+    def begun(self) -> State | None:
+        """What an interrupted run of this search had found, None without one."""
+        return self._saved.last.best if self._saved.last else None
+
     def schedule(self, passed_seconds: float, searches: int) -> Schedule:
         """Return the stages that the budget allows each of so many searches; an interrupted search keeps its own."""
         found = self.options.affordable_schedule(self.tokens_per_second, passed_seconds, searches)

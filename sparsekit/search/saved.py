@@ -17,7 +17,8 @@ class SavedSearch:
     """One search in the folder of its level database."""
 
     def __init__(self, folder: Path, identity: Mapping[str, JSON]) -> None:
-        """Find the search of `identity`, its options and its seed, if one was begun."""
+        """Find the search of `identity`, its options and its seed, if one was begun; `folder` is made."""
+        fs.make_folder(folder)
         self._path = folder / f"search-{jsonio.digest(dict(identity))[:16]}.json"
         self.generations: int | None = None
         """How many generations it has, once that is decided."""

@@ -41,6 +41,9 @@ class Chain(WholeModel):
             x = torch.tanh(x @ self.weights[linear.name].T)
         return x * 8
 
+    def omit(self, blocks, silent=()):
+        raise AssertionError("levels leave every block in its place")
+
     def loss(self, linear, weight, sample):
         raise AssertionError("a search asks for predictions")
 

@@ -1,0 +1,173 @@
+"""Executing a reshape stage: the plan is made once and journalled, then every block that stays is written as a shard.
+
+Blocks that do not change are copied byte for byte under their new number. What comes out is a whole model, which the
+next stage opens as any other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparsekit.allocation import Workspace
+from sparsekit.checkpoint.jsonio import JSON
+from sparsekit.checkpoint.safetensors_file import RawTensor
+from sparsekit.checkpoint.staging import StagedCheckpoint
+from sparsekit.contracts import LinearInfo, NewLinear, ReshapeContext, Reshaped, Stat, Stats, WholeModel
+from sparsekit.errors import IndexMismatch, NonFinite, SparsekitError
+from sparsekit.finite import all_finite
+from sparsekit.lazy import torch
+from sparsekit.memory import release_freed
+from sparsekit.models.lazy_model import LazyModel
+from sparsekit.models.linears import Linear
+from sparsekit.models.whole import LoadedModel
+from sparsekit.plan import ReshapePlan
+from sparsekit.progress import Reporter, track
+from sparsekit.prune import checkpoint_tensors
+from sparsekit.walk import walk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ReshapeResult:
+    """What a reshape stage did.
+
+    Attributes:
+        blocks: Old blocks in their new order.
+        config: Keys of config.json that changed.
+        plan: What the reshaper decided.
+        facts: What it saw.
+        parameters: Weights of the model before and after, those outside the blocks included.
+    """
+
+    blocks: tuple[int, ...]
+    config: dict[str, JSON]
+    plan: dict[str, Any]
+    facts: dict[str, dict[str, float]]
+    parameters: tuple[int, int]
+
+
+def reshape_stage(
+    model: LazyModel,
+    plan: ReshapePlan,
+    samples: Tensor | None,
+    staged: StagedCheckpoint,
+    name_shard: Callable[[int, int], str],
+    reporter: Reporter,
+    workspace: Workspace,
+) -> ReshapeResult:
+    """Decide what goes, and write the shards of all blocks that stay.
+
+    Args:
+        model: The model as it is.
+        plan: What to do.
+        samples: Calibration ids [samples, sequence_length]; None when the plan needs no data.
+        staged: Where shards and journal lines go.
+        name_shard: File name of a block, from its number and how many blocks there are.
+        reporter: Told about every block.
+        workspace: Where the reshaper may keep files.
+    """
+    decided = _journalled(staged)
+    if decided is None:
+        context = _context(model, plan, samples, reporter, workspace)
+        decided = {"plan": plan.reshaper.plan(context), "facts": context.facts}
+    reshaped = plan.reshaper.apply(plan.anatomy, decided["plan"], workspace.folder)
+    task = f"reshape ({plan.stage.method})"
+    after = 0
+    count = len(reshaped.blocks)
+    for place, old in enumerate(track(reshaped.blocks, reporter, task, count, "blocks")):
+        key = f"block-{place}"
+        entry = staged.finished(key)
+        if entry is None:
+            tensors = _renumbered(model, old, place, _written(model, old, reshaped))
+            facts: dict[str, Any] = {"parameters": sum(math.prod(tensor.shape) for tensor in tensors.values())}
+            if place == 0:
+                facts["reshape"] = decided
+            entry = staged.write_shard(key, name_shard(place, count), tensors, facts)
+        after += int(entry.facts["parameters"])  # type: ignore[arg-type]  # written above
+    sizes = {key: math.prod(location.entry.shape) for key, location in model.weights.tensors.items()}
+    after += sum(sizes[key] for key in model.keys(None))
+    return ReshapeResult(
+        reshaped.blocks, {**reshaped.config}, decided["plan"], decided["facts"], (sum(sizes.values()), after)
+    )
+
+
+def _journalled(staged: StagedCheckpoint) -> dict[str, Any] | None:
+    """Return what an interrupted run had decided, None without one."""
+    entry = staged.finished("block-0")
+    found: Any = entry.facts.get("reshape") if entry else None
+    return dict(found) if found else None
+
+
+def _context(
+    model: LazyModel, plan: ReshapePlan, samples: Tensor | None, reporter: Reporter, workspace: Workspace
+) -> ReshapeContext:
+    """Return what the reshaper may look at."""
+
+    def visit(needs: frozenset[str]) -> Iterator[tuple[LinearInfo, Tensor, Stats]]:
+        for block in walk(model, samples, reporter, propagate="none", task="reshape: statistics"):
+            stats = block.collect(block.linears, needs)
+            for linear in block.linears:
+                yield linear.info, linear.weight().to(torch.float32), stats[linear.name]
+
+    def flows(name: str) -> list[Stat]:
+        task = "reshape: hidden states"
+        return [block.flow(name) for block in walk(model, samples, reporter, propagate="none", task=task)]
+
+    @contextmanager
+    def whole() -> Iterator[WholeModel]:
+        probes = plan.reshaper.probes()
+        if probes is None or samples is None:
+            raise SparsekitError(f"reshaper {plan.stage.method} asks for the whole model without naming its probes")
+        ids = samples[: probes.samples, : probes.sequence_length]
+        yield LoadedModel(model, ids, lambda: None, model.dtype if probes.own_dtype else None)
+        release_freed()
+
+    return ReshapeContext(
+        plan.anatomy, visit, flows, whole, reporter=reporter, folder=workspace.folder, identity=workspace.identity
+    )
+
+
+def _written(model: LazyModel, old: int, reshaped: Reshaped) -> dict[str, RawTensor]:
+    """Return the tensors of an old block, with the linears that change as they are to be."""
+    changes = reshaped.linears(old)
+    if not changes:
+        return checkpoint_tensors(model, old, {})
+    model.load_block(old)
+    linears = {linear.name: linear for linear in model.stack.linears(old)}
+    changed = {name for linear, new in changes.items() for name in _replace(linears[linear], new)}
+    state = model.module.state_dict()
+    tensors = checkpoint_tensors(model, old, model.to_checkpoint({name: state[name] for name in changed}))
+    model.release_block(old)
+    return tensors
+
+
+def _replace(linear: Linear, new: NewLinear) -> set[str]:
+    """Store a linear's new weight and bias; return the names of the parameters that changed."""
+    for value in (new.weight, new.bias):
+        if value is not None and not all_finite(value):
+            raise NonFinite("the reshaped weight is not finite", where=linear.name)
+    changed = {linear.parameter_name}
+    linear.replace(new.weight)
+    if new.bias is not None and (old := linear.bias()) is not None:
+        changed.add(linear.replace_bias(new.bias.to(old.dtype)))
+    return changed
+
+
+def _renumbered(model: LazyModel, old: int, new: int, tensors: Mapping[str, RawTensor]) -> dict[str, RawTensor]:
+    """Return the tensors of block `old` under the names of block `new`."""
+    stack = model.stack.path.rpartition(".")[2]
+    pattern = re.compile(rf"(^|\.){re.escape(stack)}\.{old}\.")
+    renamed = {pattern.sub(rf"\g<1>{stack}.{new}.", name, count=1): tensor for name, tensor in tensors.items()}
+    unnumbered = [name for name in tensors if not pattern.search(name)]
+    if unnumbered:
+        raise IndexMismatch(
+            f"its name does not say that it belongs to block {old}, so it cannot be renamed", where=unnumbered[0]
+        )
+    return renamed
