@@ -237,7 +237,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of the run catches it."""
 
 
-@pytest.mark.parametrize("recipe", ["wanda-50", "magnitude-50"])
+@pytest.mark.parametrize("recipe", ["wanda-50", "magnitude-50", "shortgpt-25"])
 def test_killed_at_every_file_call_and_run_again_gives_the_same_bytes(recipe, llama, tmp_path, monkeypatch):
     """The k-th file-system call kills the run, for every k until a run gets through; then it is run again."""
     from sparsekit import fs
