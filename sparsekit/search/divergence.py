@@ -17,7 +17,7 @@ from sparsekit.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_POSITIONS = 128  # whose probabilities over the whole vocabulary are in float32 at a time
+_VALUES = 1 << 20  # logits in float32 at a time: few enough to stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Reference:
 def reference(logits: Tensor, top: int) -> Reference:
     """Keep the `top` likeliest tokens of `logits: [positions, vocabulary]`."""
     tokens, log_p, tails = [], [], []
-    for part in torch.split(logits, _POSITIONS):
+    for part in torch.split(logits, _positions(logits)):
         log = torch.log_softmax(part.float(), dim=1)
         best = log.topk(min(top, log.shape[1]), dim=1)
         kept = best.values.half()
@@ -51,8 +51,9 @@ def reference(logits: Tensor, top: int) -> Reference:
 def divergence(dense: Reference, logits: Tensor) -> float:
     """Return the mean KL of `logits: [positions, vocabulary]` from the dense model's, nats per position."""
     total = 0.0
-    for first in range(0, len(logits), _POSITIONS):
-        part = logits[first : first + _POSITIONS].float()
+    step = _positions(logits)
+    for first in range(0, len(logits), step):
+        part = logits[first : first + step].float()
         span = slice(first, first + len(part))
         log_q = part.gather(1, dense.tokens[span].long()) - part.logsumexp(dim=1, keepdim=True)
         log_p = dense.log_p[span].float()
@@ -63,6 +64,11 @@ def divergence(dense: Reference, logits: Tensor) -> float:
             missing = (tail - _rest(log_q))[has_tail]
             total += float((tail[has_tail].exp() * missing).sum(dtype=torch.float64))
     return total / len(logits)
+
+
+def _positions(logits: Tensor) -> int:
+    """Return how many positions of `logits: [positions, vocabulary]` are looked at together."""
+    return max(_VALUES // logits.shape[1], 1)
 
 
 def _rest(log: Tensor) -> Tensor:
