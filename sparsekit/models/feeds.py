@@ -79,6 +79,11 @@ def reorder_inputs(linear: Linear, feed: Feed, order: Tensor) -> set[str]:
     return changed
 
 
+def head_size(config: Any) -> int:
+    """Return the channels of one head of a model's attention."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def _present(mlps: Sequence[MLP], named: Mapping[str, Linear]) -> Iterator[MLP]:
     """Yield the MLPs that a block has, one for each expert."""
     for mlp in mlps:
@@ -110,8 +115,14 @@ def _attention_feed(attention: Attention, config: Any, named: Mapping[str, Linea
     output = named[attention.output]
     heads = int(config.num_attention_heads)
     groups = int(getattr(config, "num_key_value_heads", None) or heads)
+    # channels of a head, query heads that read the same values; a narrower block has fewer groups, no other ones
+    size, copies = head_size(config), heads // groups
     width = output.info.in_features
-    size, copies = width // heads, heads // groups  # channels of a head; query heads that read the same values
+    groups = width // (copies * size)
+    if width != groups * copies * size:
+        raise UnsupportedFamily(
+            f"{width} inputs are no whole groups of {copies} heads of {size} channels", where=output.name
+        )
     values = torch.arange(groups * size).reshape(groups, 1, size)
     if attention.rows == "whole":
         outputs = groups * size

@@ -27,6 +27,7 @@ class Attention:
         output: What reads the heads' outputs and writes to the stream.
         rows: Rows of a fused linear: `parts`: all queries, all keys, all values; `heads`: query, key and value of the
             first head, then of the next.
+        head_norms: Norms of queries and keys inside a head, the same for all heads.
     """
 
     query: str
@@ -34,6 +35,7 @@ class Attention:
     value: str
     output: str
     rows: Literal["whole", "parts", "heads"] = "whole"
+    head_norms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class FamilySpec:
 
 
 _ATTENTION = Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_NORMED = replace(_ATTENTION, head_norms=("self_attn.q_norm", "self_attn.k_norm"))
 _GATED = MLP("mlp.up_proj", "mlp.down_proj", gate="mlp.gate_proj")
 _GATE_UP = MLP("mlp.gate_up_proj", "mlp.down_proj", gate="mlp.gate_up_proj", rows="halves")
 _EXPERTS = MLP(
@@ -122,7 +125,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
     "cohere2": replace(_LLAMA, mlp_norm="input_layernorm"),
     "gemma": _LLAMA,
     "gemma2": _GEMMA2,
-    "gemma3_text": _GEMMA2,
+    "gemma3_text": replace(_GEMMA2, attention=_NORMED),
     "glm4": replace(_LLAMA, mlps=(_GATE_UP,), branch_norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
     "gpt2": FamilySpec(
         _fused("attn.c_attn", "attn.c_proj", "parts"),
@@ -177,7 +180,11 @@ FAMILIES: Mapping[str, FamilySpec] = {
     ),
     "phi": replace(
         _LLAMA,
-        attention=replace(_ATTENTION, output="self_attn.dense"),
+        attention=replace(
+            _ATTENTION,
+            output="self_attn.dense",
+            head_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+        ),
         mlps=(MLP("mlp.fc1", "mlp.fc2"),),
         mlp_norm="input_layernorm",
         final_norm="model.final_layernorm",
@@ -185,8 +192,8 @@ FAMILIES: Mapping[str, FamilySpec] = {
     "phi3": replace(_LLAMA, attention=_fused("self_attn.qkv_proj", "self_attn.o_proj", "parts"), mlps=(_GATE_UP,)),
     "qwen2": _LLAMA,
     "qwen2_moe": replace(_MIXTRAL, mlps=(_GATED, _EXPERTS, _SHARED), routers=("mlp.gate", "mlp.shared_expert_gate")),
-    "qwen3": _LLAMA,
-    "qwen3_moe": replace(_MIXTRAL, mlps=(_GATED, _EXPERTS)),
+    "qwen3": replace(_LLAMA, attention=_NORMED),
+    "qwen3_moe": replace(_MIXTRAL, attention=_NORMED, mlps=(_GATED, _EXPERTS)),
     "smollm3": _LLAMA,
     "stablelm": _LLAMA,
     "starcoder2": replace(_LLAMA, mlps=(MLP("mlp.c_fc", "mlp.c_proj"),)),
