@@ -5,10 +5,12 @@ from __future__ import annotations
 import fnmatch
 import json
 from pathlib import Path
+from typing import Any
 
 from sparsekit.checkpoint.safetensors_file import read_header
 from sparsekit.checkpoint.source import PACKED_STEM
 from sparsekit.checkpoint.staging import StagedCheckpoint
+from sparsekit.checkpoint.widths import config_entries
 from sparsekit.prepared import Prepared
 from sparsekit.prune import checkpoint_tensors
 from sparsekit.recipe.load import dump_yaml
@@ -50,8 +52,8 @@ def _prunes(prepared: Prepared) -> bool:
 def shard_names(prepared: Prepared) -> list[str]:
     """Return one file name per block and one for everything outside the blocks.
 
-    Packed weights do not carry the usual name: a loader that cannot read them must not find a file, rather than load
-    something wrong.
+    Packed and narrow weights do not carry the usual name: a loader that cannot read them must not find a file, rather
+    than load something wrong.
     """
     blocks, packed = prepared.model.blocks, is_packed(prepared)
     return [shard_name(number, blocks, packed=packed) for number in range(blocks + 1)]
@@ -63,7 +65,13 @@ def shard_name(block: int, blocks: int, *, packed: bool = False) -> str:
 
 
 def _stem(prepared: Prepared) -> str:
-    return PACKED_STEM if is_packed(prepared) else "model"
+    return PACKED_STEM if _loading(prepared) else "model"
+
+
+def _loading(prepared: Prepared) -> dict[str, Any]:
+    """Return what config.json says of weights that plain transformers cannot load; nothing for plain ones."""
+    pattern = prepared.recipe.stages[-1].pattern if is_packed(prepared) else None
+    return config_entries(pattern=pattern, widths=prepared.model.widths)
 
 
 def _index(folder: Path) -> bytes:
@@ -97,7 +105,6 @@ def _config(prepared: Prepared) -> bytes:
         "sparsity": stage.sparsity,
         "pattern": stage.pattern,
     }
-    if is_packed(prepared):
-        # Never sparsity_config in here: vLLM refuses it.
-        config["quantization_config"] = {"quant_method": "sparsekit", "format_version": 1, "pattern": stage.pattern}
+    config.pop("quantization_config", None)
+    config |= _loading(prepared)
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -17,6 +17,7 @@ from sparsekit import fs
 from sparsekit.checkpoint.safetensors_file import RawTensor, read_header
 from sparsekit.checkpoint.source import INDEX, PACKED_INDEX, PACKED_STEM
 from sparsekit.checkpoint.staging import StagedCheckpoint, is_finished, recover
+from sparsekit.checkpoint.widths import config_entries
 from sparsekit.convert_source import ConvertSource, open_source
 from sparsekit.describe import tools, weights_bytes
 from sparsekit.errors import ModelError, OutputExists, UsageError
@@ -139,7 +140,7 @@ def _write_shards(
     reporter: Reporter,
 ) -> dict[str, dict[str, Any]]:
     """Convert every shard that is not there yet; return the facts of all packed tensors."""
-    stem = "model" if form is None else PACKED_STEM
+    stem = PACKED_STEM if form is not None or source.widths else "model"
     count = len(source.shards)
     facts: dict[str, dict[str, Any]] = {}
     shared: dict[str, Form] = {}
@@ -202,13 +203,12 @@ def _write_files(
             weight_map[name] = path.name
             total += entry.size_bytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    staged.write_file(PACKED_INDEX if packed else INDEX, _json(index))
     config = {key: value for key, value in source.config.items() if key not in _QUANTIZATION}
-    if packed:
-        patterns = {str(entry["pattern"]) for entry in facts.values()}
-        pattern = patterns.pop() if len(patterns) == 1 else "unstructured"
-        # Never sparsity_config in here: vLLM refuses it.
-        config["quantization_config"] = {"quant_method": "sparsekit", "format_version": 1, "pattern": pattern}
+    patterns = {str(entry["pattern"]) for entry in facts.values()}
+    pattern = patterns.pop() if len(patterns) == 1 else "unstructured"
+    entries = config_entries(pattern=pattern if packed else None, widths=source.widths)
+    config |= entries
+    staged.write_file(PACKED_INDEX if entries else INDEX, _json(index))
     staged.write_file("config.json", _json(config))
     for path in source.side_files():
         staged.copy_file(path, path.name)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sparsekit.checkpoint import jsonio
 from sparsekit.checkpoint.manifest import FILE, Manifest, read_manifest
 from sparsekit.checkpoint.safetensors_file import DTYPE_BITS, RawTensor
-from sparsekit.checkpoint.source import WeightFiles, is_packed, open_weights
+from sparsekit.checkpoint.source import WeightFiles, is_ours, open_weights
+from sparsekit.checkpoint.widths import Widths, read_widths
 from sparsekit.errors import ChecksumError, HeaderError, ModelError, WeightMismatch
 from sparsekit.fs import sha256_file
 from sparsekit.models.raw import read_raw
@@ -47,6 +48,7 @@ class ConvertSource:
         weights: The checked weight files.
         manifest: What sparsekit wrote about it, None for a folder of others.
         shards: Names of the dense tensors, by input shard.
+        widths: Of each block, where they differ from the configuration's; else None.
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class ConvertSource:
     weights: WeightFiles
     manifest: Manifest | None
     shards: list[list[str]] = field(default_factory=list)
+    widths: tuple[Widths, ...] | None = None
     _old_kind: str | None = None
     _old: dict[str, dict[str, str]] = field(default_factory=dict)
     _files: dict[str, files.PackedFile] = field(default_factory=dict)
@@ -216,13 +219,14 @@ def open_source(folder: Path) -> ConvertSource:
         raise ModelError("need a JSON object", where=str(path), hint="Fetch this file of the model again.")
     kind = _old_kind(config, str(path))
     manifest = read_manifest(folder) if (folder / FILE).is_file() else None
-    if manifest is None and is_packed(weights.files) and "quantization_config" not in config:
-        raise ModelError("the weights are packed, config.json does not say so", where=str(path))
+    if manifest is None and is_ours(weights.files) and "quantization_config" not in config:
+        raise ModelError("the weights are packed or narrow, config.json does not say so", where=str(path))
     groups = compressed_tensors.groups(weights.tensors)
     if bool(groups) != (kind is not None):
         stored = f"holds {len(groups)} bitmasks" if groups else "holds no bitmask"
         raise HeaderError(f"names the sparse format {kind}, but the folder {stored}", where=str(path))
-    source = ConvertSource(folder, config, weights, manifest, _old_kind=kind, _old=groups)
+    widths = read_widths(config.get("quantization_config"))
+    source = ConvertSource(folder, config, weights, manifest, widths=widths, _old_kind=kind, _old=groups)
     parts = {stored: name for name, group in groups.items() for stored in group.values()}
     for file in weights.files:
         opened = source._files.setdefault(file, files.PackedFile(weights.path(file)))

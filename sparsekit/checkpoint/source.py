@@ -18,7 +18,7 @@ from sparsekit.errors import CheckpointError, IndexMismatch, UnsafeFormat
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PACKED_STEM = "sparsekit_model"
-"""What packed weight files are called: no loader that cannot read them finds anything under the usual name."""
+"""What packed or narrow weights are called: no loader that cannot read them finds anything under the usual name."""
 PACKED_INDEX = f"{PACKED_STEM}.safetensors.index.json"
 INDEX_LIMIT_BYTES = 1 << 27
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -83,8 +83,8 @@ def open_weights(folder: Path) -> WeightFiles:
     raise _nothing_found(folder)
 
 
-def is_packed(files: Iterable[str]) -> bool:
-    """Tell from the names of weight files whether they hold packed tensors."""
+def is_ours(files: Iterable[str]) -> bool:
+    """Tell from the names of weight files whether only sparsekit loads them: packed, narrow, or both."""
     return any(file.startswith(PACKED_STEM) for file in files)
 
 

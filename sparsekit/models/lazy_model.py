@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.checkpoint.source import WeightFiles
+from sparsekit.checkpoint.widths import Widths, read_widths
 from sparsekit.errors import CheckpointError, IndexMismatch
 from sparsekit.lazy import torch
 from sparsekit.models import headers
 from sparsekit.models.headers import Becomes
 from sparsekit.models.structure import Stack, find_stack
+from sparsekit.models.widths import narrow
 from sparsekit.pack.files import PackedFile
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class LazyModel:
     Attributes:
         module: The transformers model; parameters that are not loaded stand on meta.
         stack: Its decoder blocks.
+        widths: Of each block, where they differ from the configuration's; else None.
         dtype: Dtype the parameters are loaded in.
 
     `cast` says that the user chose that dtype, so the output is written in it too.
@@ -65,6 +68,9 @@ class LazyModel:
         self.module.eval()
         self.module.requires_grad_(False)
         self.stack: Stack = find_stack(self.module)
+        self.widths: tuple[Widths, ...] | None = read_widths(getattr(config, "quantization_config", None))
+        if self.widths is not None:
+            narrow(self.module, self.stack, self.widths)
         self._mapping = get_model_conversion_mapping(self.module)
         self._becomes = self._rename()
         self._keys = self._assign_keys()

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from sparsekit.checkpoint.source import WeightFiles, is_packed, open_weights
+from sparsekit.checkpoint.source import WeightFiles, is_ours, open_weights
+from sparsekit.checkpoint.widths import holds_packed
 from sparsekit.errors import ModelError, RemoteCodeRefused, UnsupportedFamily, UsageError
 from sparsekit.lazy import require_address_space, torch
 from sparsekit.memory import release_freed
@@ -68,7 +69,7 @@ class ModelSource:
     @property
     def packed(self) -> bool:
         """Whether pruned weights are stored packed."""
-        return is_packed(self.weights.files)
+        return _packed(self.weights, self.config)
 
     def lazy(self) -> LazyModel:
         """Build the model with no block loaded.
@@ -312,7 +313,7 @@ def _dtype(weights: WeightFiles, config: PretrainedConfig, wanted: str, folder: 
     if wanted != "auto":
         chosen: torch.dtype = getattr(torch, _TORCH_NAMES[wanted])
         return chosen
-    if is_packed(weights.files):
+    if _packed(weights, config):
         known: torch.dtype | None = getattr(config, "dtype", None)
         return known or torch.float32
     sizes: dict[str, int] = {}
@@ -328,6 +329,11 @@ def _dtype(weights: WeightFiles, config: PretrainedConfig, wanted: str, folder: 
             hint="Prune the unquantised checkpoint.",
         )
     return dtype
+
+
+def _packed(weights: WeightFiles, config: PretrainedConfig) -> bool:
+    """Whether weights are packed; files that carry our names may be narrow alone."""
+    return is_ours(weights.files) and holds_packed(getattr(config, "quantization_config", {}))
 
 
 def _short(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparsekit.checkpoint.widths import Widths
 from sparsekit.errors import ModelError, UnsupportedFamily
 from sparsekit.lazy import torch
 from sparsekit.models.feeds import Feed, feeds
@@ -23,19 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _GROUPS = "num_key_value_heads"
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Widths of one block; None: as the configuration says.
-
-    Attributes:
-        groups: Key-value groups of its attention.
-        neurons: Inputs of its down projection.
-    """
-
-    groups: int | None = None
-    neurons: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How transformers loads a packed checkpoint: as a quantisation method called `sparsekit`.
+"""How transformers loads a packed or narrow checkpoint: as a quantisation method called `sparsekit`.
 
 Nearly every mistake in this interface of transformers shows as random weights, not as an exception. So the format
 version is checked before anything is built, every packed tensor is validated while it is read, and the number of
@@ -26,9 +26,14 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from sparsekit.checkpoint.safetensors_file import read_header
 from sparsekit.checkpoint.source import PACKED_INDEX
+from sparsekit.checkpoint.widths import FORMAT_VERSION, METHOD, Widths, config_entries, holds_packed, read_widths
 from sparsekit.errors import HeaderError, IndexMismatch, KernelsMissing, SparsekitError, UsageError, VersionError
 from sparsekit.memory import release_freed
+from sparsekit.models import headers
+from sparsekit.models.structure import find_stack
+from sparsekit.models.widths import narrow
 from sparsekit.pack.files import PackedFile
 from sparsekit.pack.tensor import SHAPE
 from sparsekit.pack.verify import require_claims
@@ -37,12 +42,10 @@ from sparsekit.runtime.dense import use_streaming
 from sparsekit.runtime.modules import SparseLinear
 from sparsekit.runtime.repack import dense, repack
 
-METHOD = "sparsekit"
 _SMALL = 1 << 20
 """Bytes up to which a parameter is copied out of the mapped file it was read from."""
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
 _EXPERT = re.compile(r"\.\d+\.(?=[^.]+\.weight$)")
-FORMAT_VERSION = 1
 PARTS = (
     "weight", SHAPE, "weight_bitmask", "weight_row_offsets", "weight_nz", "weight_index", "weight_blocks", "weight_low",
     "weight_code", "weight_width", "weight_dict", "weight_patch_row", "weight_patch_col", "weight_patch_value",
@@ -52,11 +55,13 @@ PARTS = (
 
 
 class SparsekitConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a packed checkpoint.
+    """The `quantization_config` of a packed or narrow checkpoint; see `checkpoint.widths`.
 
     Attributes:
         format_version: Version of docs/format.md that the files follow.
         pattern: Pattern of all packed tensors.
+        widths: Of the blocks, where they are not those of the rest of the configuration.
+        ordinary_names: The files are called as transformers calls them: `save_pretrained` wrote them.
         dequantize: True: unpack while loading; the model is then an ordinary dense one, equal to the dense checkpoint
             bit by bit. False: layers multiply with packed weights. None: packed where this installation has kernels
             and all layers lie on the CPU; the environment variable SPARSEKIT_RUNTIME=dense|packed decides too.
@@ -65,14 +70,22 @@ class SparsekitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         format_version: int = FORMAT_VERSION,
-        pattern: str = "unstructured",
+        pattern: str | None = None,
+        widths: Mapping[str, Any] | None = None,
+        ordinary_names: bool = False,
         dequantize: bool | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD
         self.format_version = format_version
         self.pattern = pattern
+        self.widths = widths
+        self.ordinary_names = ordinary_names
         self.dequantize = dequantize
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json says: what was given, and nothing that is not set."""
+        return {name: value for name, value in vars(self).items() if value is not None and value is not False}
 
 
 class Unpack(ConversionOps):  # type: ignore[misc]
@@ -148,6 +161,7 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         self._files: dict[str, str] = {}
         self._arrived: set[str] = set()
         self._failed: SparsekitError | None = None
+        self._widths: tuple[Widths, ...] | None = read_widths(quantization_config.to_dict())
 
     def hand_over(
         self, grouped: Mapping[str, Mapping[str, list[torch.Tensor]]], name: str, module: SparseLinear
@@ -269,7 +283,9 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
                 hint="Upgrade: pip install --upgrade sparsekit",
             )
         config = self.quantization_config
-        if config.dequantize is None:
+        if not holds_packed(config.to_dict()):
+            config.dequantize = True  # plain tensors: an ordinary model
+        elif config.dequantize is None:
             config.dequantize = not _runs_packed(kwargs.get("device_map"))
         elif not config.dequantize:
             _require_packed(kwargs.get("device_map"), "dequantize=False")
@@ -280,12 +296,16 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Name the weight files; they are not called as usual, so that nothing else loads them by mistake."""
-        config.transformers_weights = PACKED_INDEX
+        if not self.quantization_config.ordinary_names:
+            config.transformers_weights = PACKED_INDEX
         return config
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if self._widths is not None:
+            narrow(model, find_stack(model), self._widths)
+            _require_shapes(model, checkpoint_files or [])
         for file in checkpoint_files or []:
             opened = PackedFile(Path(file))
             opened.check_parts()
@@ -293,7 +313,7 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
             self._files |= dict.fromkeys(opened.facts, str(file))
         if not self.quantization_config.dequantize:
             self._make_sparse(model)
-        if not self._facts:
+        if not self._facts and holds_packed(self.quantization_config.to_dict()):
             raise IndexMismatch("the files hold no packed tensor, the configuration says they do", where=PACKED_INDEX)
         for folder in sorted({Path(file).parent for file in self._files.values()}):
             require_claims(folder, self._facts)
@@ -336,10 +356,24 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         return [_Converter(names, name, [Unpack(self)]) for name, names in self.serialized_names.items()]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Save as an ordinary dense checkpoint; packed ones are written by `sparsekit convert`."""
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        """Save as a dense checkpoint, an ordinary one unless it is narrow; `sparsekit convert` writes packed ones."""
+        self._unpacked(model)
         return model.state_dict(), {}
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Forget the packing once there is none. Widths belong to the model, and to what is saved of it."""
+        super().remove_quantization_config(model)
+        self._unpacked(model)
+        if self._widths is not None:
+            model.hf_quantizer = self
+
+    def _unpacked(self, model: Any) -> None:
+        """Let the configuration say what a dense copy of the model needs to be loaded."""
+        if self._widths is not None:
+            entry = config_entries(widths=self._widths)["quantization_config"]
+            model.config.quantization_config = SparsekitConfig(**entry, ordinary_names=True)
+        elif hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
 
     def is_serializable(self) -> bool:
         """A loaded model saves as an ordinary dense checkpoint."""
@@ -347,6 +381,7 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         """Put the dense layers back, `model.dequantize()`."""
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # text, once the model has been saved
         for name, module in list(model.named_modules()):
             if isinstance(module, SparseLinear):
                 model.set_submodule(name, module.dense().to(dtype))
@@ -356,6 +391,18 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Unpacked weights are ordinary parameters; packed ones have no gradient."""
         return bool(self.quantization_config.dequantize)
+
+
+def _require_shapes(model: torch.nn.Module, files: list[str]) -> None:
+    """Refuse tensors that do not fit a narrowed model; transformers would name no reason."""
+    parameters = dict(model.named_parameters())
+    prefix = f"{model.base_model_prefix}."
+    for file in files:
+        for name, entry in read_header(Path(file)).tensors.items():
+            near = (name, name.removeprefix(prefix), f"{prefix}{name}")
+            parameter = next((parameters[known] for known in near if known in parameters), None)
+            if parameter is not None and entry.shape != tuple(parameter.shape):
+                raise headers.wrong_shape(name, entry.shape, parameter.shape, Path(file))
 
 
 def _leave_files(model: torch.nn.Module) -> None:
