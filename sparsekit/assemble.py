@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.checkpoint.safetensors_file import read_header
-from sparsekit.checkpoint.source import PACKED_STEM
+from sparsekit.checkpoint.source import INDEX, PACKED_INDEX, PACKED_STEM
 from sparsekit.checkpoint.staging import StagedCheckpoint
-from sparsekit.checkpoint.widths import config_entries
+from sparsekit.checkpoint.widths import config_entries, widths_after
 from sparsekit.prepared import Prepared
 from sparsekit.prune import checkpoint_tensors
 from sparsekit.recipe.load import dump_yaml
@@ -29,10 +29,10 @@ _NOT_SIDE_FILES = (
 def write_model_files(prepared: Prepared, staged: StagedCheckpoint, blocks: int) -> None:
     """Write what makes the shards of so many blocks a model: the outer shard, index, config, recipe, side files."""
     model, source = prepared.model, prepared.source
-    last = shard_name(blocks, blocks, packed=is_packed(prepared))
+    last = shard_name(blocks, blocks, bool(_loading(prepared)))
     if staged.finished(OUTER) is None:
         staged.write_shard(OUTER, last, checkpoint_tensors(model, None, {}), {})
-    staged.write_file(f"{_stem(prepared)}.safetensors.index.json", _index(staged.folder))
+    staged.write_file(PACKED_INDEX if _loading(prepared) else INDEX, _index(staged.folder))
     staged.write_file("config.json", _config(prepared))
     staged.write_file("recipe.yaml", dump_yaml(prepared.recipe.resolved()).encode())
     for path in sorted(source.folder.iterdir()):
@@ -55,23 +55,22 @@ def shard_names(prepared: Prepared) -> list[str]:
     Packed and narrow weights do not carry the usual name: a loader that cannot read them must not find a file, rather
     than load something wrong.
     """
-    blocks, packed = prepared.model.blocks, is_packed(prepared)
-    return [shard_name(number, blocks, packed=packed) for number in range(blocks + 1)]
+    blocks, ours = prepared.model.blocks, bool(_loading(prepared))
+    return [shard_name(number, blocks, ours) for number in range(blocks + 1)]
 
 
-def shard_name(block: int, blocks: int, *, packed: bool = False) -> str:
-    """Return the file name of a block among so many, and for `block == blocks` that of all else."""
-    return f"{PACKED_STEM if packed else 'model'}-{block + 1:05d}-of-{blocks + 1:05d}.safetensors"
+def shard_name(block: int, blocks: int, ours: bool) -> str:
+    """Return the file name of a block among so many, and for `block == blocks` that of all else.
 
-
-def _stem(prepared: Prepared) -> str:
-    return PACKED_STEM if _loading(prepared) else "model"
+    `ours` says that the weights are packed or narrow.
+    """
+    return f"{PACKED_STEM if ours else 'model'}-{block + 1:05d}-of-{blocks + 1:05d}.safetensors"
 
 
 def _loading(prepared: Prepared) -> dict[str, Any]:
     """Return what config.json says of weights that plain transformers cannot load; nothing for plain ones."""
-    pattern = prepared.recipe.stages[-1].pattern if is_packed(prepared) else None
-    return config_entries(pattern=pattern, widths=prepared.model.widths)
+    pattern = prepared.recipe.prunes[-1].pattern if is_packed(prepared) else None
+    return config_entries(pattern=pattern, widths=widths_after(prepared.model.widths, prepared.config))
 
 
 def _index(folder: Path) -> bytes:
@@ -92,6 +91,8 @@ def _config(prepared: Prepared) -> bytes:
     """
     config = json.loads((prepared.source.folder / "config.json").read_text(encoding="utf-8"))
     config |= prepared.config
+    config.pop("quantization_config", None)
+    config |= _loading(prepared)
     if prepared.source.cast:
         config.pop("torch_dtype", None)
         config["dtype"] = str(prepared.source.dtype).removeprefix("torch.")
@@ -105,6 +106,4 @@ def _config(prepared: Prepared) -> bytes:
         "sparsity": stage.sparsity,
         "pattern": stage.pattern,
     }
-    config.pop("quantization_config", None)
-    config |= _loading(prepared)
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -17,6 +17,7 @@ from sparsekit.allocation import Workspace
 from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.checkpoint.safetensors_file import RawTensor
 from sparsekit.checkpoint.staging import StagedCheckpoint
+from sparsekit.checkpoint.widths import config_entries, widths_after
 from sparsekit.contracts import LinearInfo, NewLinear, ReshapeContext, Reshaped, Stat, Stats, WholeModel
 from sparsekit.errors import IndexMismatch, NonFinite, SparsekitError
 from sparsekit.finite import all_finite
@@ -58,7 +59,7 @@ def reshape_stage(
     plan: ReshapePlan,
     samples: Tensor | None,
     staged: StagedCheckpoint,
-    name_shard: Callable[[int, int], str],
+    name_shard: Callable[[int, int, bool], str],
     reporter: Reporter,
     workspace: Workspace,
 ) -> ReshapeResult:
@@ -69,7 +70,7 @@ def reshape_stage(
         plan: What to do.
         samples: Calibration ids [samples, sequence_length]; None when the plan needs no data.
         staged: Where shards and journal lines go.
-        name_shard: File name of a block, from its number and how many blocks there are.
+        name_shard: File name of a block, from its number, how many blocks there are, and whether some are narrow.
         reporter: Told about every block.
         workspace: Where the reshaper may keep files.
     """
@@ -81,6 +82,7 @@ def reshape_stage(
     task = f"reshape ({plan.stage.method})"
     after = 0
     count = len(reshaped.blocks)
+    narrow = bool(config_entries(widths=widths_after(model.widths, reshaped.config)))
     for place, old in enumerate(track(reshaped.blocks, reporter, task, count, "blocks")):
         key = f"block-{place}"
         entry = staged.finished(key)
@@ -89,7 +91,7 @@ def reshape_stage(
             facts: dict[str, Any] = {"parameters": sum(math.prod(tensor.shape) for tensor in tensors.values())}
             if place == 0:
                 facts["reshape"] = decided
-            entry = staged.write_shard(key, name_shard(place, count), tensors, facts)
+            entry = staged.write_shard(key, name_shard(place, count, narrow), tensors, facts)
         after += int(entry.facts["parameters"])  # type: ignore[arg-type]  # written above
     sizes = {key: math.prod(location.entry.shape) for key, location in model.weights.tensors.items()}
     after += sum(sizes[key] for key in model.keys(None))

@@ -73,6 +73,11 @@ def read_widths(quantization: object) -> tuple[Widths, ...] | None:
     return tuple(Widths(*pair) for pair in zip(groups, neurons, strict=True))
 
 
+def widths_after(widths: tuple[Widths, ...] | None, changes: Mapping[str, Any]) -> tuple[Widths, ...] | None:
+    """Return the widths of a model that had `widths`, after these keys of its config.json have changed."""
+    return read_widths(changes["quantization_config"]) if "quantization_config" in changes else widths
+
+
 def holds_packed(quantization: object) -> bool:
     """Whether a `quantization_config` of ours says that tensors are packed, not narrow alone."""
     entry = quantization if isinstance(quantization, Mapping) else {}

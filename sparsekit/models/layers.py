@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.checkpoint.jsonio import JSON
+from sparsekit.checkpoint.widths import Widths, config_entries, read_widths
 from sparsekit.errors import UnsupportedFamily
 from sparsekit.models.structure import find_stack
+from sparsekit.models.widths import narrow
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +36,9 @@ def with_blocks(config: Any, kept: Sequence[int]) -> dict[str, JSON]:
             changes[key] = [place for place, block in enumerate(kept) if block in value]
         elif "layer" in key and isinstance(value, (list, tuple)) and len(value) == count:
             changes[key] = [value[block] for block in kept]
+    if (widths := _widths(config)) is not None:
+        entries = config_entries(widths=[widths[block] for block in kept])
+        changes["quantization_config"] = entries.get("quantization_config")
     return changes
 
 
@@ -56,6 +61,8 @@ def require_same_blocks(model: nn.Module, changes: dict[str, JSON], kept: Sequen
     with init_empty_weights(include_buffers=False):
         other = type(model)(config).train(model.training)
     stack, shorter = find_stack(model), find_stack(other)
+    if (widths := _widths(config)) is not None:
+        narrow(other, shorter, widths)
     for place, block in enumerate(kept):
         difference = _difference(stack.blocks[block], shorter.blocks[place])
         if difference:
@@ -65,6 +72,10 @@ def require_same_blocks(model: nn.Module, changes: dict[str, JSON], kept: Sequen
                 where=stack.prefix(block),
                 hint="Choose other blocks to drop, or another architecture.",
             )
+
+
+def _widths(config: Any) -> tuple[Widths, ...] | None:
+    return read_widths(getattr(config, "quantization_config", None))
 
 
 def _difference(old: nn.Module, new: nn.Module) -> str | None:

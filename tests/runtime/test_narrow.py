@@ -256,3 +256,12 @@ def test_plain_loading_keeps_no_mark_of_this(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert not hasattr(model.config, "quantization_config")
     assert open_model(str(folder), Silent()).lazy().widths is None
+
+
+def test_blocks_dropped_from_it_take_their_widths_along(folder, tmp_path):
+    """The narrow block 2 moves up, the narrow block 1 goes."""
+    out = prune(folder, tmp_path / "out", "dense", "shortgpt-25")
+    model, dense = load(out), narrow.build(dtype=torch.bfloat16)
+    assert read_widths(model.config.quantization_config.to_dict()) == (Widths(), Widths(neurons=8))
+    assert_same_weights(model.model.layers[1], dense.model.layers[2])
+    assert verify(out, "semantic").ok
