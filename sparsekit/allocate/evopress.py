@@ -1,14 +1,16 @@
 """EvoPress: levels per linear by evolutionary search on the whole model.
 
-What it does: begins at uniform sparsity; every generation tries offspring that move a few steps of weights from one
-    linear to another, compares them on few and then on more tokens by their divergence from the dense model, and keeps
-    what is better. Layer errors do not add up to the model's loss, so the model itself is asked.
+What it does: begins at the best allocation that is known without a search; every generation tries offspring that move a
+    few steps of weights from one linear to another, compares them on few and then on more tokens by their divergence
+    from the dense model, and keeps what is better. Layer errors do not add up to the model's loss, so the model itself
+    is asked.
 Source: Sieberling et al. 2024, "EvoPress: Towards Optimal Dynamic Model Compression via Evolutionary Search",
     arXiv 2410.14649, algorithm 1.
 Shapes: linears -> kept counts.
 Cost: one pruning of each dense linear at 2 levels + 1 counts, stored as one byte per weight; the model twice in memory
     in its own dtype; tokens as the options say, 16 x 512 + 8,192 per generation by default.
-Deviations: half of the offspring exchange steps between whole blocks; linears never exchange with themselves; the last
+Deviations: the start is the best of uniform and the nulls, not always uniform; half of the offspring exchange steps
+    between whole blocks; linears never exchange with themselves; the last
     stage is the same tokens in all generations, so the best never gets worse; the divergence keeps the dense model's
     512 likeliest tokens and one bucket for the others. Levels are those of the pruner on dense inputs, before a refiner
     or an update.
@@ -39,8 +41,12 @@ class EvopressOptions(LevelSearchOptions):
     whole_blocks: float = Field(
         default=0.5, ge=0, le=1, description="share of offspring that exchange steps between whole blocks; published: 0"
     )
+    start: Literal["best", "uniform"] = Field(
+        default="best",
+        description="where the search begins: at the best of uniform and the nulls, or (published) uniform",
+    )
     nulls: tuple[Null, ...] = Field(
-        default=("uniform", "owl", "random_search"),
+        default=("uniform", "owl", "dp", "random_search"),
         description="what the result is compared with on the tokens of the last stage; random_search spends as many "
         "tokens as the search, and half of its budget",
     )
@@ -76,12 +82,13 @@ class Evopress(Allocator[EvopressOptions]):
         with layer_search(context, self.options, grid, self.seed) as search:
             schedule = search.schedule(time.perf_counter() - began, self._searches())
             mutation = self._mutation(context, search)
-            best, spent = search.evolve((0,) * len(search.names), mutation.mutate, schedule, "uniform")
-            found = {"evopress": search.fitness(best, schedule)}
-            for name, counts in nulls.items():
-                found[name] = search.fitness(search.choice(counts), schedule)
-            if "uniform" in self.options.nulls:
-                found["uniform"] = search.fitness((0,) * len(best), schedule)
+            known = {"uniform": (0,) * len(search.names)}
+            known |= {name: search.choice(counts) for name, counts in nulls.items()}
+            found = {name: search.fitness(choice, schedule) for name, choice in known.items()}
+            first = min(found, key=lambda name: found[name]) if self.options.start == "best" else "uniform"
+            context.reporter.note(f"search: begins at {first}, KL {found[first]:.4f} (uniform {found['uniform']:.4f})")
+            best, spent = search.evolve(known[first], mutation.mutate, schedule, "uniform", found["uniform"])
+            found["evopress"] = search.fitness(best, schedule)
             if "random_search" in self.options.nulls:
                 found["random_search"] = search.random(mutation.draw, schedule, spent)[1]
         context.facts["level"] = {name: float(level) for name, level in zip(search.names, best, strict=True)}

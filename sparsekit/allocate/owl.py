@@ -1,6 +1,6 @@
 """OWL: blocks with more outliers keep more.
 
-What it does: D_b = percent of the scores |W_ij| n_j of block b, all its linears together, above M times their mean;
+What it does: D_b = percent of the scores |W_ij| n_j of block b that are above M times the mean of their linear;
     density_b = (1 - s) + t_b - mean(t), where t is D scaled to [0, 2 lambda]. Inside a block all linears have one
     density.
 Source: Yin et al. 2023, "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High
@@ -9,8 +9,8 @@ Shapes: linears, sumsq -> kept counts.
 Cost: one forward of each dense block, and two passes over the weights.
 Deviations: n_j is the norm per token, so that experts which saw few tokens count like others; mean(t) is weighted by
     parameters, which for equal blocks is the published mean; where all D are equal every density is the average, and
-    nothing is divided by zero. With `mean: linear` a score is compared with the mean of its own linear instead of the
-    block's: where score scales differ between the linears of a block, the published D measures that difference.
+    nothing is divided by zero. Published is M times the mean over all linears of the block (`mean: block`): where score
+    scales differ between them, that D measures the difference.
 Numbers: LLaMA-7B at 70 %, WikiText-2: Wanda 85.77 -> 24.55, SparseGPT 26.30 -> 19.49. SmolLM2-135M, Wanda at 70 %:
     300 -> 331 as published, -> 243 with `mean: linear`; see docs/results.md.
 """
@@ -35,7 +35,9 @@ class OwlOptions(MethodOptions):
 
     lam: float = Field(default=0.08, ge=0, le=0.5, description="lambda: densities lie within 2 lambda of the average")
     outlier: float = Field(default=5, gt=0, description="M: a score above this multiple of the mean is an outlier")
-    mean: Literal["block", "linear"] = Field(default="block", description="whose mean a score is compared with")
+    mean: Literal["block", "linear"] = Field(
+        default="linear", description="whose mean a score is compared with; published: block"
+    )
 
 
 class Owl(Allocator[OwlOptions]):

@@ -307,9 +307,10 @@ def part_model(room: str, method: str) -> type[Any]:
 
 
 def stage_kind(raw: Any) -> str:
-    """Return the kind of stage that a mapping is meant to be: what `stage`, or a misspelt key like it, says."""
-    found = raw.items() if isinstance(raw, dict) else ()
-    meant = [kind for key, kind in found if near(str(key), ["stage"]) and isinstance(kind, str) and kind in STAGES]
+    """Return the kind of stage a mapping is meant to be: as `stage` or a misspelt key says, else by its method."""
+    found = raw if isinstance(raw, dict) else {}
+    meant = [value for key, value in found.items() if near(str(key), ["stage"]) and value in [*STAGES]]
+    meant += [kind for kind, (_, room) in STAGES.items() if found.get("method") in registry.names(room)]
     return meant[0] if meant else "prune"
 
 
@@ -342,8 +343,8 @@ def _stage(value: Any) -> Stage:
     kind = value.get("stage") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind not in STAGES:
         hint = near(kind, STAGES)
-        text = f"unknown kind of stage {kind!r}" + (f"; did you mean {hint}?" if hint else "")
-        error = PydanticCustomError("kind", "{text}", {"text": f"{text}; there are {', '.join(STAGES)}"})
+        text = f"must be {' or '.join(STAGES)}, got {kind!r}" + (f"; did you mean {hint!r}?" if hint else "")
+        error = PydanticCustomError("kind", "{text}", {"text": text})
         raise _errors(PruneStage, [{"type": error, "loc": ("stage",), "input": kind}])
     known = stage_kind(value)
     raw = _implied_sparsity(value) if known == "prune" else value

@@ -161,10 +161,11 @@ class LayerDrop(Reshaper[LayerDropOptions]):
             )
             schedule = search.schedule(time.perf_counter() - began, 2)
             start = search.begun or self._start(swaps, shortgpt, landscape)
-            best, spent = search.evolve(start, swaps.mutate, schedule, "the start")
+            base = search.fitness(shortgpt, schedule)
+            best, spent = search.evolve(start, swaps.mutate, schedule, "shortgpt", base)
             found = {
                 "evopress": search.fitness(best, schedule),
-                "shortgpt": search.fitness(shortgpt, schedule),
+                "shortgpt": base,
                 "random_search": search.random(swaps.draw, schedule, spent)[1],
             }
             landscape.leave()

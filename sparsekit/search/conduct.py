@@ -62,9 +62,9 @@ class Search:
         return replace(found, generations=self._saved.decide(found.generations))
 
     def evolve(
-        self, start: State, mutate: Callable[[State, Random], State], schedule: Schedule, null: str
+        self, start: State, mutate: Callable[[State, Random], State], schedule: Schedule, null: str, base: float
     ) -> tuple[State, int]:
-        """Return the best state and the samples that finding it took; `null` is what the start is called."""
+        """Return the best state and the samples that finding it took; `null` has the fitness `base`, for progress."""
         reporter, task = self.reporter, "search: generations"
         tokens = (schedule.generations * schedule.evaluated() + schedule.fixed) * self.options.sequence_length
         speed = self.tokens_per_second
@@ -79,7 +79,7 @@ class Search:
         for found in evolve(begun or start, mutate, self.landscape, schedule, self.seed):
             if found is not begun:
                 self._saved.add(found)
-            gain = 1 - found.fitness / self._saved.history[0]
+            gain = 1 - found.fitness / base if base else 0.0
             reporter.tell(task, f"KL {found.fitness:.4f}, {gain:.1%} below {null}")
             if found.number > done:
                 reporter.advance(task, found.number - done)

@@ -261,7 +261,7 @@ def test_a_reshape_behind_a_prune_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [("reshpae", "did you mean reshape"), ("activate", "there are prune, reshape")]
+    ("kind", "message"), [("reshpae", "did you mean 'reshape'"), ("activate", "must be prune or reshape")]
 )
 def test_an_unknown_kind_of_stage_names_those_there_are(kind, message):
     with pytest.raises(RecipeSchemaError, match=message):
