@@ -8,8 +8,8 @@ from sparsekit.pack import quantised
 from sparsekit.pack.bits import pack_mask, unpack_codes
 from sparsekit.pack.support import DenseSupport, MaskSupport
 from sparsekit.pack.types import Encoding
-from sparsekit.runtime import native
-from sparsekit.runtime.native import MemoryLayout
+from sparsekit.runtime import buffers
+from sparsekit.runtime.buffers import MemoryLayout
 
 NAMES = ("int8", "dense int8", "int4", "dense int4")
 
@@ -34,5 +34,5 @@ def packed(name: str, full: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Ten
         if isinstance(support, MaskSupport):
             codes += codes >= 0
     layout = MemoryLayout[encoding.name]
-    buffer = native.pack_codes(pack_mask(keep), codes, stored["weight_scales"], (rows, cols), layout, full.dtype)
+    buffer = buffers.pack_codes(pack_mask(keep), codes, stored["weight_scales"], (rows, cols), layout, full.dtype)
     return buffer, support.scatter(quantised.decode(stored, support, encoding, cols))

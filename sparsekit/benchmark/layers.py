@@ -17,7 +17,7 @@ from sparsekit.checkpoint.manifest import FILE, read_manifest
 from sparsekit.errors import NumericalError
 from sparsekit.machine import last_level_cache_bytes
 from sparsekit.pack.verify import pruned_claims
-from sparsekit.runtime import native, ops
+from sparsekit.runtime import buffers, native, ops
 from sparsekit.runtime.dense import StreamingLinear
 from sparsekit.runtime.layers import dense_weight, linears
 from sparsekit.runtime.measure import Contender, interleave, replicate
@@ -163,7 +163,7 @@ def _linears(model: nn.Module, patterns: Mapping[str, str]) -> list[_Linear]:
 
 def _linear(name: str, module: nn.Module, pattern: str | None) -> _Linear:
     if isinstance(module, SparseLinear) and module.packed is not None:
-        info = native.info(module.packed)
+        info = buffers.info(module.packed)
         kernel = info.layout.name.lower()
         if kernel not in _INTEGERS:
             kernel += f" {info.dtype.name.lower()}"

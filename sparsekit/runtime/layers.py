@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsekit.runtime import native
+from sparsekit.runtime import buffers, native
 from sparsekit.runtime.modules import SparseLinear
 
 
@@ -45,7 +45,7 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def dense_weight(module: nn.Module) -> Tensor:
     """Return the weight of a layer of `linears` as [out, in], contiguous; packed ones are unpacked."""
     if isinstance(module, SparseLinear) and module.packed is not None:
-        return native.unpack(module.packed).to(module.dtype)
+        return buffers.unpack(module.packed).to(module.dtype)
     weight: Any = module.weight
     stored: Tensor = weight.detach()
     return stored.contiguous() if isinstance(module, nn.Linear) else stored.T.contiguous()

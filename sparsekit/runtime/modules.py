@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import ShapeMismatch
-from sparsekit.runtime import groups, native, ops
+from sparsekit.runtime import buffers, groups, native, ops
 from sparsekit.runtime.repack import pack_dense
 
 DENSE_FROM_TOKENS = 64
@@ -53,12 +53,12 @@ class SparseLinear(nn.Module):
             self.weight = weight
 
     def hold(self, packed: Tensor, dtype: torch.dtype) -> None:
-        """Multiply with `packed`, a buffer of `native.pack`, from now on.
+        """Multiply with `packed`, a buffer of `buffers.pack`, from now on.
 
         Raises:
             ShapeMismatch: It holds a weight of another shape.
         """
-        shape = native.info(packed).shape
+        shape = buffers.info(packed).shape
         if shape != (self.out_features, self.in_features):
             raise ShapeMismatch(f"packed weight of {shape} for a layer {self.out_features, self.in_features}")
         self._parameters.pop("weight", None)
@@ -92,7 +92,7 @@ class SparseLinear(nn.Module):
         if packed.is_meta:
             weight = torch.empty((self.out_features, self.in_features), dtype=self.dtype, device="meta")
         else:
-            weight = native.unpack(packed).to(self.dtype)
+            weight = buffers.unpack(packed).to(self.dtype)
         return weight.T.contiguous() if self.transposed else weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class SparseLinear(nn.Module):
         if packed is None:
             raise RuntimeError("this SparseLinear has no weight yet")
         if x.numel() >= DENSE_FROM_TOKENS * self.in_features and native.isa() != "avx512bf16":
-            return nn.functional.linear(x, native.unpack(packed).to(x.dtype), self.bias)
+            return nn.functional.linear(x, buffers.unpack(packed).to(x.dtype), self.bias)
         return ops.linear(x, packed, self.bias, self.out_features)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsekit.errors import KernelError
-from sparsekit.runtime import native
+from sparsekit.runtime import buffers, native
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +48,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> Tensor:
 
     Args:
         x: [..., cols], bf16, fp16 or fp32.
-        packed: A buffer of `native.pack` for a weight [rows, cols].
+        packed: A buffer of `buffers.pack` for a weight [rows, cols].
         bias: [rows] of x's dtype, or None.
         rows: Outputs.
 
@@ -198,7 +198,7 @@ def _product(x: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> tuple[na
 def _packed_ctypes(x: Tensor, *members: Any) -> Any:
     prepared = []
     for packed, bias, rows in _each(members):
-        found = native.info(packed)
+        found = buffers.info(packed)
         if found.shape[0] != rows:
             raise RuntimeError(f"sparsekit: the packed weight has {found.shape[0]} rows, not {rows}")
         call, y, kept = _product(x, bias, found.shape)
@@ -234,7 +234,7 @@ def _packed_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     of_x: Tensor | None = None
     of_members: list[Tensor | None] = []
     for packed, has_bias, gradient in zip(ctx.saved_tensors, ctx.has_bias, gradients, strict=True):
-        part = gradient @ native.unpack(packed).to(gradient.dtype)
+        part = gradient @ buffers.unpack(packed).to(gradient.dtype)
         of_x = part if of_x is None else of_x + part
         of_members += [None, _bias_gradient(has_bias, gradient), None]
     return of_x, *of_members

@@ -18,8 +18,8 @@ from sparsekit.pack.bits import pack_mask
 from sparsekit.pack.tensor import SHAPE, from_entry, require_parts, unpack, validate
 from sparsekit.pack.types import ENTRIES, GROUP, SPLIT_ROWS, Encoding, Layout, PackedTensor, torch_dtype
 from sparsekit.pattern import NM, Block, Pattern
-from sparsekit.runtime import native
-from sparsekit.runtime.native import MemoryLayout
+from sparsekit.runtime import buffers, native
+from sparsekit.runtime.buffers import MemoryLayout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -121,14 +121,14 @@ class Source:
             found = replace(self, values=found.values.to(dtype), dtype=dtype)
         if found.mask is None:
             return pack_dense(found.values.reshape(self.shape))
-        return native.pack_best(found.mask, found.values, self.shape, self.pattern, threads=_threads(self.shape))
+        return buffers.pack_best(found.mask, found.values, self.shape, self.pattern, threads=_threads(self.shape))
 
     def _pack_codes(self, scales: Tensor) -> Tensor:
         mask, codes = self.mask, self.values
         if mask is None:  # in memory int4 has no code for zero: a zero is left out
             keep = codes.reshape(self.shape) != 0
             mask, codes = pack_mask(keep), codes[keep.reshape(-1)]
-        return native.pack_codes(mask, codes, scales, self.shape, self.coded, self.dtype, threads=_threads(self.shape))
+        return buffers.pack_codes(mask, codes, scales, self.shape, self.coded, self.dtype, threads=_threads(self.shape))
 
 
 def repack(
@@ -156,10 +156,10 @@ def _repack_split(packed: PackedTensor, where: str, dtype: torch.dtype | None) -
     if (packed.layout, packed.encoding) != (Layout.BITMASK, Encoding.SPLIT) or dtype == torch.float16:
         return None
     density = packed.nnz / max(packed.shape[0] * packed.shape[1], 1)
-    if native.best_layout(torch.bfloat16, density, packed.pattern) is not MemoryLayout.SPLIT:
+    if buffers.best_layout(torch.bfloat16, density, packed.pattern) is not MemoryLayout.SPLIT:
         return None
     try:
-        return native.pack_split(_disk(packed, native.DType.BF16), where, _threads(packed.shape))
+        return buffers.pack_split(_disk(packed, native.DType.BF16), where, _threads(packed.shape))
     except BadIndex:
         _refuse(packed, where)
 
@@ -187,7 +187,7 @@ def pack_dense(weight: Tensor) -> Tensor:
     values = torch.empty(kept, dtype=weight.dtype)
     source = _bitmask(shape, mask, values, weight.dtype)
     native.check(lib.sk_compact(weight.data_ptr(), ctypes.byref(source), values.data_ptr(), threads), "weight")
-    return native.pack_best(mask, values, shape, threads=threads)
+    return buffers.pack_best(mask, values, shape, threads=threads)
 
 
 def read_source(facts: Mapping[str, Any], parts: Mapping[str, Tensor], where: str) -> Source:
@@ -314,8 +314,8 @@ def _disk(packed: PackedTensor, dtype: int) -> _Disk:
     return found
 
 
-def _bitmask(shape: tuple[int, int], mask: Tensor | None, values: Tensor, dtype: torch.dtype) -> native._Bitmask:
-    return native._Bitmask(
+def _bitmask(shape: tuple[int, int], mask: Tensor | None, values: Tensor, dtype: torch.dtype) -> native.Bitmask:
+    return native.Bitmask(
         None if mask is None else mask.data_ptr(),
         values.data_ptr(),
         None,

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsekit.pattern import NM, Block, parse_pattern
-from sparsekit.runtime import native
-from sparsekit.runtime.native import MemoryLayout
+from sparsekit.runtime import buffers, native
+from sparsekit.runtime.buffers import MemoryLayout
 
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 EXACT = (MemoryLayout.BITMAP, MemoryLayout.SPLIT)  # hold any mask, and values as they are
@@ -36,7 +36,7 @@ class Case:
         return (self.weight.shape[0], self.weight.shape[1])
 
     def pack(self, layout: MemoryLayout) -> torch.Tensor:
-        return native.pack(bitmask(self.keep), self.weight[self.keep], self.shape, layout)
+        return buffers.pack(bitmask(self.keep), self.weight[self.keep], self.shape, layout)
 
 
 def case(rows: int, cols: int, density: float, dtype: torch.dtype, *, wild: float = 0.0) -> Case:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from sparsekit.runtime import native
-from sparsekit.runtime.native import MemoryLayout
+from sparsekit.runtime import buffers
+from sparsekit.runtime.buffers import MemoryLayout
 from tests.native.cases import bitmask
 
 LIMITS = {MemoryLayout.INT8: (-127, 127), MemoryLayout.INT4: (-8, 8)}
@@ -36,11 +36,11 @@ class Quantised:
         return self.codes.double() * self.scales.double().repeat_interleave(64, 1)[:, : self.shape[1]]
 
     def rounded(self, dtype: torch.dtype) -> torch.Tensor:
-        """What `native.unpack` has to return; the product of 8 and 11 bits is exact in float32."""
+        """What `buffers.unpack` has to return; the product of 8 and 11 bits is exact in float32."""
         return torch.where(self.keep, self.exact.float(), 0.0).to(dtype)
 
     def pack(self, dtype: torch.dtype = torch.bfloat16, **options: object) -> torch.Tensor:
-        return native.pack_codes(
+        return buffers.pack_codes(
             bitmask(self.keep), self.codes[self.keep], self.scales, self.shape, self.layout, dtype, **options
         )
 

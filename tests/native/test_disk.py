@@ -13,7 +13,7 @@ from sparsekit.errors import KernelError, SparsekitError
 from sparsekit.pack import Encoding, Layout, PackedTensor, pack, read, unpack
 from sparsekit.pack.tensor import from_entry, validate
 from sparsekit.pattern import NM, Block, Pattern, Unstructured
-from sparsekit.runtime import native, ops, repack
+from sparsekit.runtime import buffers, native, ops, repack
 from tests.native.test_memory import Guarded
 from tests.pack.support import FORMS, cases, random_bits, random_mask
 from tests.pack.test_validate import FAULTS, Change, content, sample
@@ -34,9 +34,9 @@ def test_every_form_decodes_to_the_same_bits(form: tuple[Layout, Encoding], data
     buffer = repack.repack(packed.facts(), packed.tensors, "w")
     oriented = expected.T.contiguous() if packed.transposed else expected
     if packed.encoding.lossless:
-        assert same_bits(native.unpack(buffer), oriented)
+        assert same_bits(buffers.unpack(buffer), oriented)
     else:
-        assert torch.equal(native.unpack(buffer), oriented)
+        assert torch.equal(buffers.unpack(buffer), oriented)
 
 
 def verdicts(packed: PackedTensor, tensors: dict[str, torch.Tensor]) -> tuple[SparsekitError | None, ...]:
@@ -60,7 +60,7 @@ def agreed(packed: PackedTensor, tensors: dict[str, torch.Tensor]) -> bool:
         found = from_entry(packed.facts(), tensors, "w")
         dense = unpack(found)
         assert same_bits(repack.dense(packed.facts(), tensors, "w"), dense)
-        held = native.unpack(repack.repack(packed.facts(), tensors, "w"))
+        held = buffers.unpack(repack.repack(packed.facts(), tensors, "w"))
         assert torch.equal(held.nan_to_num(7), (dense.T if packed.transposed else dense).nan_to_num(7))
     return validator is None
 
@@ -182,8 +182,8 @@ def test_dense_to_packed_keeps_what_has_a_bit(dtype: torch.dtype, threads: int) 
             packed = repack.pack_dense(weight)
         finally:
             torch.set_num_threads(before)
-        assert same_bits(native.unpack(packed), weight)
-        assert native.info(packed).nnz == int(
+        assert same_bits(buffers.unpack(packed), weight)
+        assert buffers.info(packed).nnz == int(
             (weight.view(torch.int32 if dtype.itemsize == 4 else torch.int16) != 0).sum()
         )
 
@@ -197,7 +197,7 @@ def test_values_are_cast_only_where_the_dtype_cannot_hold_them() -> None:
         (torch.float32, torch.bfloat16),
         (torch.float16, torch.float16),
     ]:
-        weight = native.unpack(repack.repack(facts, tensors, "w", dtype))
+        weight = buffers.unpack(repack.repack(facts, tensors, "w", dtype))
         assert same_bits(weight, unpack(packed).to(kept))
 
 
@@ -207,8 +207,8 @@ def test_codes_stay_codes_in_memory(layout: Layout, encoding: Encoding) -> None:
     packed = sample(layout, encoding, 1)
     for dtype in (None, torch.float16, torch.float32):
         buffer = repack.repack(packed.facts(), packed.tensors, "w", dtype)
-        assert native.info(buffer).layout.name == encoding.name
-        assert torch.equal(native.unpack(buffer), unpack(packed))
+        assert buffers.info(buffer).layout.name == encoding.name
+        assert torch.equal(buffers.unpack(buffer), unpack(packed))
 
 
 @pytest.mark.parametrize("pattern", [NM(1, 3), NM(5, 16), NM(8, 64), NM(200, 256), Block(4, 1), Block(1, 7)], ids=str)
@@ -252,13 +252,13 @@ def test_split_tensors_of_many_strips_move_into_memory_exactly(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        made = native.pack_split(repack._disk(packed, native.DType.BF16), "w", threads)
+        made = buffers.pack_split(repack._disk(packed, native.DType.BF16), "w", threads)
         if not native.isa().startswith("avx512"):
             assert made is None
             return
         assert made is not None
-        assert same_bits(native.unpack(made), weight)
-        slow = native.pack(packed.tensors["weight_bitmask"], weight[keep], shape, native.MemoryLayout.SPLIT)
+        assert same_bits(buffers.unpack(made), weight)
+        slow = buffers.pack(packed.tensors["weight_bitmask"], weight[keep], shape, buffers.MemoryLayout.SPLIT)
         x = torch.randn(3, shape[1], generator=generator)
         assert torch.equal(ops.linear(x, made, None, shape[0]), ops.linear(x, slow, None, shape[0]))
     finally:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sparsekit.runtime import native
-from sparsekit.runtime.native import DType, MemoryLayout
+from sparsekit.runtime.buffers import MemoryLayout
+from sparsekit.runtime.native import DType
 from tests.native.cases import ISAS, Case, bitmask, case, largest_error, structured
 
 PAGE = mmap.PAGESIZE
@@ -58,7 +59,7 @@ def guarded_product(made: Case, tokens: int, layout: MemoryLayout, at_end: bool)
     lib = native.library()
     mask = Guarded.of(bitmask(made.keep), at_end=at_end)
     values = Guarded.of(made.weight[made.keep].view(torch.uint8), at_end=at_end)  # odd addresses at the end
-    source = native._Bitmask(
+    source = native.Bitmask(
         mask.address, values.address, None, rows, cols, int(made.keep.sum()), native.dtype_of(dtype)
     )
     plan = ctypes.c_void_p()

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 from sparsekit.errors import KernelError, KernelsMissing, UnsupportedCPU
 from sparsekit.runtime import native, ops
-from sparsekit.runtime.native import MemoryLayout
+from sparsekit.runtime.buffers import MemoryLayout
 from tests.native.cases import case
 
 BACKEND = """
 import torch
 from sparsekit.runtime import ops
-from sparsekit.runtime.native import MemoryLayout
+from sparsekit.runtime.buffers import MemoryLayout
 from tests.native.cases import case
 made = case(64, 48, 0.5, torch.bfloat16)
 packed, bias = made.pack(MemoryLayout.SPLIT), torch.randn(64).bfloat16()

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekit.errors import BadIndex, KernelError
-from sparsekit.runtime import native
-from sparsekit.runtime.native import DType, MemoryLayout
+from sparsekit.runtime import buffers, native
+from sparsekit.runtime.buffers import MemoryLayout
+from sparsekit.runtime.native import DType
 from tests.native.cases import EXACT, Case, bitmask, case
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -46,8 +47,8 @@ def test_every_bit_comes_back(rows: int, cols: int, density: float, bits: int, d
         if layout is MemoryLayout.SPLIT and dtype != torch.bfloat16:
             continue
         packed = Case(weight, keep).pack(layout)
-        assert same_bits(native.unpack(packed), weight)
-        assert native.info(packed).nnz == int(keep.sum())
+        assert same_bits(buffers.unpack(packed), weight)
+        assert buffers.info(packed).nnz == int(keep.sum())
 
 
 def test_each_code_width_is_used() -> None:
@@ -59,10 +60,10 @@ def test_each_code_width_is_used() -> None:
     weight = torch.cat([panel(8, 3), panel(16, 5), panel(60, 0)]).view(torch.bfloat16)
     keep = torch.ones(48, 256, dtype=torch.bool)
     packed = Case(weight, keep).pack(MemoryLayout.SPLIT)
-    found = native.info(packed)
+    found = buffers.info(packed)
     assert found.widths == (1, 1, 1)
     assert found.patches == 8
-    assert same_bits(native.unpack(packed), weight)
+    assert same_bits(buffers.unpack(packed), weight)
 
 
 def test_size_is_the_arithmetic() -> None:
@@ -81,12 +82,12 @@ def test_disagreement_is_refused(layout: MemoryLayout) -> None:
     made = case(20, 21, 0.5, torch.bfloat16)
     mask, values = bitmask(made.keep), made.weight[made.keep]
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), made.keep.sum(1).cumsum(0)[:-1]])
-    native.pack(mask, values, (20, 21), layout, row_offsets=offsets)
+    buffers.pack(mask, values, (20, 21), layout, row_offsets=offsets)
 
     def refuse(**changed: torch.Tensor) -> None:
         arguments = {"mask": mask, "values": values, "row_offsets": offsets, **changed}
         with pytest.raises(BadIndex, match=r"layer\.x"):
-            native.pack(shape=(20, 21), layout=layout, where="layer.x", **arguments)
+            buffers.pack(shape=(20, 21), layout=layout, where="layer.x", **arguments)
 
     refuse(values=values[:-1])
     refuse(values=torch.cat([values, values[:1]]))
@@ -120,22 +121,22 @@ def test_arbitrary_arrays_are_refused_or_packed(
     bits = sum(int(byte).bit_count() for byte in mask.reshape(-1).tolist())
     values = torch.zeros(max(0, bits + data.draw(st.sampled_from([0, 0, 0, -1, 1, 1000])))).bfloat16()
     try:
-        packed = native.pack(mask, values, (rows, cols), layout)
+        packed = buffers.pack(mask, values, (rows, cols), layout)
     except BadIndex:
         return
-    assert native.info(packed).nnz == bits == values.numel()
-    assert int((native.unpack(packed) != 0).sum()) == 0
+    assert buffers.info(packed).nnz == bits == values.numel()
+    assert int((buffers.unpack(packed) != 0).sum()) == 0
 
 
 def test_only_packed_buffers_are_accepted() -> None:
     packed = case(20, 21, 0.5, torch.bfloat16).pack(MemoryLayout.SPLIT)
     for broken in (packed[:-1], packed[:100], torch.zeros(4096, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)):
         with pytest.raises(KernelError, match="not a packed weight"):
-            native.info(broken.clone())
+            buffers.info(broken.clone())
     with pytest.raises(KernelError, match="unsupported"):
         case(4, 4, 0.5, torch.float16).pack(MemoryLayout.SPLIT)
     with pytest.raises(KernelError, match="dtype"):
-        native.pack(torch.zeros(1, 1, dtype=torch.uint8), torch.zeros(0).double(), (1, 1), MemoryLayout.BITMAP)
+        buffers.pack(torch.zeros(1, 1, dtype=torch.uint8), torch.zeros(0).double(), (1, 1), MemoryLayout.BITMAP)
 
 
 def test_large_buffers_lie_on_huge_page_boundaries_and_are_writable() -> None:
@@ -161,6 +162,6 @@ def test_threads_do_not_change_the_packing() -> None:
     made = case(200, 300, 0.5, torch.bfloat16, wild=0.01)
     mask, values = bitmask(made.keep), made.weight[made.keep]
     for layout in EXACT:
-        one, four = (native.pack(mask, values, (200, 300), layout, threads=n) for n in (1, 4))
+        one, four = (buffers.pack(mask, values, (200, 300), layout, threads=n) for n in (1, 4))
         assert torch.equal(one, four)
-    assert native.info(one).dtype is DType.BF16
+    assert buffers.info(one).dtype is DType.BF16

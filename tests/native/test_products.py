@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsekit.runtime import native
-from sparsekit.runtime.native import MemoryLayout
+from sparsekit.runtime.buffers import MemoryLayout
 from tests.native.cases import EXACT, ISAS, case, largest_error, multiply
 
 TOLERANCE = 1e-5  # fp32 sums over up to 5000 products

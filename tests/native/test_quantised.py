@@ -12,7 +12,8 @@ import torch
 
 from sparsekit.errors import KernelError
 from sparsekit.runtime import native, ops
-from sparsekit.runtime.native import DType, MemoryLayout
+from sparsekit.runtime.buffers import MemoryLayout
+from sparsekit.runtime.native import DType
 from tests.native.cases import ISAS, largest_error, multiply
 from tests.native.quantised_cases import FUSED_TOKENS, LIMITS, Quantised, quantisation_bound, quantised
 from tests.native.test_memory import Guarded

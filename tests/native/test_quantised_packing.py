@@ -13,8 +13,9 @@ from sparsekit.pack.bits import pack_codes as pack_nibbles
 from sparsekit.pack.bits import unpack_codes as unpack_nibbles
 from sparsekit.pack.support import DenseSupport, MaskSupport, Support
 from sparsekit.pack.types import Encoding
-from sparsekit.runtime import native
-from sparsekit.runtime.native import DType, MemoryLayout
+from sparsekit.runtime import buffers, native
+from sparsekit.runtime.buffers import MemoryLayout
+from sparsekit.runtime.native import DType
 from tests.native.cases import bitmask
 from tests.native.quantised_cases import LIMITS, quantised
 from tests.native.test_packing import BITS, same_bits
@@ -37,10 +38,10 @@ def check_round_trip(
     """Unpacked from memory = decoded from the file, bit for bit."""
     rows, cols = keep.shape
     codes = integers(tensors, support, layout)
-    packed = native.pack_codes(bitmask(keep), codes, tensors["weight_scales"], (rows, cols), layout, dtype)
+    packed = buffers.pack_codes(bitmask(keep), codes, tensors["weight_scales"], (rows, cols), layout, dtype)
     expected = support.scatter(files.decode(tensors, support, ENCODINGS[layout], cols)).to(dtype)
-    assert same_bits(native.unpack(packed), expected)
-    found = native.info(packed)
+    assert same_bits(buffers.unpack(packed), expected)
+    found = buffers.info(packed)
     assert (found.layout, found.shape, found.nnz) == (layout, (rows, cols), codes.numel())
     assert found.dtype == native.dtype_of(dtype)
 
@@ -120,11 +121,11 @@ def test_without_holes_there_are_no_masks() -> None:
         full = quantised(512, 512, 1.0, layout)
         assert 8 * full.pack().numel() / 2**18 == pytest.approx(bits, rel=0.01)
         for dtype in BITS:
-            assert same_bits(native.unpack(full.pack(dtype)), full.rounded(dtype))
+            assert same_bits(buffers.unpack(full.pack(dtype)), full.rounded(dtype))
         full.codes[100, 100] = LIMITS[layout][1]  # an int4 of 8 needs the codes that go with a mask
         masked = layout is MemoryLayout.INT4
         assert 8 * full.pack().numel() / 2**18 == pytest.approx(bits + masked, rel=0.04)
-        assert same_bits(native.unpack(full.pack(torch.float32)), full.rounded(torch.float32))
+        assert same_bits(buffers.unpack(full.pack(torch.float32)), full.rounded(torch.float32))
 
 
 @pytest.mark.parametrize("layout", list(ENCODINGS))
@@ -136,7 +137,7 @@ def test_disagreement_is_refused(layout: MemoryLayout) -> None:
     }  # fmt: skip
 
     def pack(**changed: torch.Tensor) -> torch.Tensor:
-        return native.pack_codes(
+        return buffers.pack_codes(
             shape=(20, 70), layout=layout, dtype=torch.bfloat16, where="layer.x", **{**good, **changed}
         )
 
@@ -161,7 +162,7 @@ def test_disagreement_is_refused(layout: MemoryLayout) -> None:
 def test_layouts_and_value_types_belong_together() -> None:
     made = quantised(4, 8, 1.0, MemoryLayout.INT8)
     with pytest.raises(KernelError, match="unsupported"):
-        native.pack(bitmask(made.keep), made.codes[made.keep].bfloat16(), (4, 8), MemoryLayout.INT8)
+        buffers.pack(bitmask(made.keep), made.codes[made.keep].bfloat16(), (4, 8), MemoryLayout.INT8)
     made.layout = MemoryLayout.BITMAP
     with pytest.raises(KernelError, match="unsupported"):
         made.pack()
@@ -172,4 +173,4 @@ def test_threads_do_not_change_the_packing(layout: MemoryLayout) -> None:
     made = quantised(200, 300, 0.5, layout)
     one, four = (made.pack(threads=n) for n in (1, 4))
     assert torch.equal(one, four)
-    assert native.info(one).dtype is DType.BF16
+    assert buffers.info(one).dtype is DType.BF16

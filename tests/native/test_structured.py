@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sparsekit.errors import BadIndex, KernelError
 from sparsekit.pack import Encoding, Layout, pack
 from sparsekit.pattern import parse_pattern
-from sparsekit.runtime import native, repack
-from sparsekit.runtime.native import MemoryLayout
+from sparsekit.runtime import buffers, native, repack
+from sparsekit.runtime.buffers import MemoryLayout
 from tests.native.cases import ISAS, Case, bitmask, largest_error, multiply, structured
 
 TOLERANCE = 1e-5
@@ -101,8 +101,8 @@ def test_every_bit_comes_back(form: tuple[str, torch.dtype], shape: int, density
     raw[torch.rand(rows, cols, generator=generator) < 0.1] = bits.min  # -0.0
     weight = torch.where(keep, raw, 0).to(kind).view(dtype)
     packed = Case(weight, keep).pack(layout_of(pattern))
-    assert torch.equal(native.unpack(packed).view(kind), weight.view(kind))
-    found = native.info(packed)
+    assert torch.equal(buffers.unpack(packed).view(kind), weight.view(kind))
+    found = buffers.info(packed)
     assert (found.layout, found.shape, found.nnz) == (layout_of(pattern), (rows, cols), int(keep.sum()))
 
 
@@ -169,11 +169,11 @@ def test_best_layout_follows_the_pattern(pattern: str, dtype: torch.dtype, layou
     """None: the choice is that of an unstructured mask of the same density."""
     made = structured(64, 128, pattern, 0.4, dtype)
     density, obeyed = float(made.keep.float().mean()), parse_pattern(pattern)
-    expected = native.best_layout(dtype, density) if layout is None else layout
-    assert native.best_layout(dtype, density, obeyed) is expected
-    packed = native.pack_best(bitmask(made.keep), made.weight[made.keep], made.shape, obeyed)
-    assert native.info(packed).layout is expected
-    assert torch.equal(native.unpack(packed), made.weight)
+    expected = buffers.best_layout(dtype, density) if layout is None else layout
+    assert buffers.best_layout(dtype, density, obeyed) is expected
+    packed = buffers.pack_best(bitmask(made.keep), made.weight[made.keep], made.shape, obeyed)
+    assert buffers.info(packed).layout is expected
+    assert torch.equal(buffers.unpack(packed), made.weight)
 
 
 @pytest.mark.parametrize("pattern", ["8:64", "16x4"])
@@ -181,9 +181,9 @@ def test_a_mask_that_breaks_its_pattern_takes_a_layout_for_any_mask(pattern: str
     made = structured(64, 128, pattern, 0.4, torch.bfloat16)
     made.keep[17, int(made.keep[17].nonzero()[0, 0])] = False
     weight = torch.where(made.keep, made.weight, 0.0).bfloat16()
-    packed = native.pack_best(bitmask(made.keep), weight[made.keep], made.shape, parse_pattern(pattern))
-    assert native.info(packed).layout in (MemoryLayout.BITMAP, MemoryLayout.SPLIT)
-    assert torch.equal(native.unpack(packed), weight)
+    packed = buffers.pack_best(bitmask(made.keep), weight[made.keep], made.shape, parse_pattern(pattern))
+    assert buffers.info(packed).layout in (MemoryLayout.BITMAP, MemoryLayout.SPLIT)
+    assert torch.equal(buffers.unpack(packed), weight)
 
 
 @pytest.mark.parametrize(
@@ -195,5 +195,5 @@ def test_packed_tensors_of_a_file_keep_their_structure(disk: Layout, pattern: st
     made = structured(64, 128, pattern, 0.4, torch.bfloat16)
     packed = pack(made.weight, made.keep, disk, Encoding.RAW, parse_pattern(pattern))
     buffer = repack.repack(packed.facts(), packed.tensors, "w")
-    assert native.info(buffer).layout is layout_of(pattern)
-    assert torch.equal(native.unpack(buffer), made.weight)
+    assert buffers.info(buffer).layout is layout_of(pattern)
+    assert torch.equal(buffers.unpack(buffer), made.weight)

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from sparsekit.runtime import native
-from sparsekit.runtime.native import MemoryLayout
+from sparsekit.runtime.buffers import MemoryLayout
 from tests.native.cases import EXACT, case, multiply
 
 CODE = """
 import os, sys, torch
 from sparsekit.runtime import native
-from sparsekit.runtime.native import MemoryLayout
+from sparsekit.runtime.buffers import MemoryLayout
 from tests.native.cases import case, multiply
 if sys.argv[1] == "own":
     native.library().sk_use_own_pool()

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from sparsekit.errors import SparsekitError, UsageError
-from sparsekit.runtime import native, ops
+from sparsekit.runtime import buffers, native, ops
 from sparsekit.runtime.modules import SparseLinear
 from tests.runtime.support import assert_same_weights, both, converted, load
 from tests.runtime.test_loading import python
@@ -140,7 +140,7 @@ def test_without_a_wish_layers_run_packed(llama, monkeypatch):
 
 def test_packed_values_stay_narrow_where_that_is_exact(llama):
     model = load(llama[1], dtype=torch.float32)
-    assert {native.info(layer.packed).dtype for layer in sparse(model)} == {native.DType.BF16}
+    assert {buffers.info(layer.packed).dtype for layer in sparse(model)} == {native.DType.BF16}
     assert {layer.weight.dtype for layer in sparse(model)} == {torch.float32}
 
 
