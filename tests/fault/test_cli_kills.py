@@ -80,7 +80,7 @@ def test_killed_at_random_moments_and_run_again(
 ) -> None:
     """Each moment is drawn; kills pile up on one output until a run gets through, then it begins anew."""
     wanted, seconds = reference
-    moments = random.Random(26)  # noqa: S311
+    moments = random.Random(26)
     killed = resumed = 0
     out = tmp_path / "out"
     while killed < KILLS:

@@ -166,7 +166,7 @@ def test_f12_any_flipped_bit_is_found(tmp_path: Path) -> None:
     assert verify(out).ok
     files = files_of(out)
     assert files is not None
-    chance, flips = random.Random(12), 0  # noqa: S311
+    chance, flips = random.Random(12), 0
     bits = [(name, bit) for name, data in sorted(files.items()) for bit in range(8 * len(data))]
     for name, bit in chance.sample(bits, 400):
         bad = bytearray(files[name])

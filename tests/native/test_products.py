@@ -26,7 +26,7 @@ SHAPES = [
     (0, 8),
     (8, 0),
 ]
-_rng = random.Random(5)  # noqa: S311
+_rng = random.Random(5)
 SHAPES += [(_rng.randint(1, 150), _rng.randint(1, 400)) for _ in range(88)]
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 16, 17, 25)
 FORMS = [

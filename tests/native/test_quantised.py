@@ -22,7 +22,7 @@ LAYOUTS = (MemoryLayout.INT8, MemoryLayout.INT4)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE = 1e-5  # fp32 sums of exact inputs
 SHAPES = [(1, 1), (1, 64), (64, 1), (16, 4), (17, 65), (33, 63), (64, 128), (3, 5000), (0, 8), (8, 0)]
-_rng = random.Random(7)  # noqa: S311
+_rng = random.Random(7)
 SHAPES += [(_rng.randint(1, 150), _rng.randint(1, 400)) for _ in range(50)]
 
 

@@ -229,7 +229,7 @@ def test_the_knapsack_is_brute_force(errors, total):
 
 
 def test_a_larger_budget_never_costs_error():
-    source = random.Random(0)  # noqa: S311
+    source = random.Random(0)
     for _ in range(20):
         errors = []
         for _ in range(5):

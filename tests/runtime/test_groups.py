@@ -196,7 +196,7 @@ def test_hooks_run_and_may_change_the_input(counted):
 def test_copies_and_pickles_learn_anew(counted):
     model = Attention()
     check(model, x_of(1))
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.q.followers == ()
         check(other, x_of(1))
         assert [reference() for reference in other.q.followers] == [other.k, other.v]

@@ -183,7 +183,7 @@ def test_copies_are_independent(llama):
     model = load(llama[1])
     expected = logits(model)
     twin = copy.deepcopy(model)
-    restored = pickle.loads(pickle.dumps(model))  # noqa: S301 - our own bytes
+    restored = pickle.loads(pickle.dumps(model))
     for other in (twin, restored):
         assert torch.equal(logits(other), expected)
         for a, b in zip(sparse(model), sparse(other), strict=True):

@@ -32,7 +32,7 @@ class Separable:
 
     def _one(self, state, draw):
         distance = sum((level - best) ** 2 for level, best in zip(state, OPTIMUM, strict=True))
-        noise = sum(Random(f"{state} {sample}").gauss(0, 1) for sample in draw) / len(draw)  # noqa: S311
+        noise = sum(Random(f"{state} {sample}").gauss(0, 1) for sample in draw) / len(draw)
         return distance + self.noise * noise
 
 

@@ -29,7 +29,7 @@ def test_every_candidate_spends_the_budget(sizes, share, levels, seed):
     if grid.rigid:
         return
     names = tuple(linear.name for linear in them)
-    switches, random = Switches(grid, them, whole_blocks=0.5), Random(seed)  # noqa: S311
+    switches, random = Switches(grid, them, whole_blocks=0.5), Random(seed)
     state = switches.draw(random)
     for _ in range(20):
         after = switches.mutate(state, random)
@@ -49,14 +49,14 @@ def test_the_nearest_levels_of_a_choice_are_itself(sizes, seed):
     if grid.rigid:
         return
     names = tuple(linear.name for linear in them)
-    levels = dict(zip(names, Switches(grid, them, whole_blocks=0.5).draw(Random(seed)), strict=True))  # noqa: S311
+    levels = dict(zip(names, Switches(grid, them, whole_blocks=0.5).draw(Random(seed)), strict=True))
     assert grid.nearest(grid.counts(levels)) == levels
 
 
 @settings(max_examples=60, deadline=None)
 @given(sizes=shapes, seed=st.integers(0, 99))
 def test_the_nearest_levels_of_any_counts_spend_the_budget(sizes, seed):
-    them, random = linears(sizes), Random(seed)  # noqa: S311
+    them, random = linears(sizes), Random(seed)
     budget = sum(linear.numel for linear in them) // 2
     grid = make_grid(them, budget, 1, levels=4, span=0.5)
     counts = {linear.name: random.randint(0, linear.numel) for linear in them}

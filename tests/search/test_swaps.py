@@ -22,7 +22,7 @@ def choices(draw):
 
 @given(choices(), st.integers(0, 1 << 32))
 def test_every_choice_drops_as_many_of_each_kind_and_nothing_else(swaps, seed):
-    random = Random(seed)  # noqa: S311
+    random = Random(seed)
     choice = swaps.draw(random)
     found = [choice]
     for _ in range(0 if swaps.rigid else 5):
@@ -36,7 +36,7 @@ def test_every_choice_drops_as_many_of_each_kind_and_nothing_else(swaps, seed):
 
 
 def test_every_choice_is_as_likely_as_any_other():
-    swaps, random = Swaps(6, ((1, 2, 3, 4),), 2), Random(0)  # noqa: S311
+    swaps, random = Swaps(6, ((1, 2, 3, 4),), 2), Random(0)
     counts: dict[tuple[int, ...], int] = {}
     for _ in range(6000):
         choice = swaps.draw(random)

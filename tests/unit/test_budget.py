@@ -155,7 +155,7 @@ def test_sparsity_is_the_decimal_the_user_wrote():
 
 def test_many_linears_take_no_time():
     """A mixture of experts has thousands; the award must not walk unit by unit."""
-    source = random.Random(0)  # noqa: S311
+    source = random.Random(0)
     linears = [LinearInfo(f"l{i}", 0, 1024, 4096) for i in range(2000)]
     densities = {linear.name: source.random() + 0.1 for linear in linears}
     total = sum(linear.numel for linear in linears) // 3
