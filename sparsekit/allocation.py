@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsekit import ranks
 from sparsekit.budget import distribute
 from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.contracts import AllocationContext, LinearInfo, Stats, WholeModel
@@ -77,7 +78,8 @@ def allocate(
         identity=workspace.identity if workspace else {},
         dtype=model.dtype,
     )
-    return _asked(plan, context)
+    found = _asked(plan, context)  # by all ranks, which look at the model together
+    return ranks.share(lambda: found)
 
 
 def allocate_unseen(plan: StagePlan) -> dict[str, float]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from sparsekit import ranks
 from sparsekit.contracts import LayerPruner, LinearInfo, Stat
 from sparsekit.errors import PlanError, SparsekitError
 from sparsekit.lazy import torch
@@ -97,7 +99,8 @@ def permute_block(
             continue
         linear = linears[name]
         try:
-            order = pruner.order(linear.info, linear.weight().to(torch.float32), pattern, feed.sets, stats[name])
+            weight = linear.weight().to(torch.float32)
+            order = ranks.share(partial(pruner.order, linear.info, weight, pattern, feed.sets, stats[name]))
         except SparsekitError as error:
             error.where = error.where or name
             raise

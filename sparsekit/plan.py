@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekit import budget as budgets
-from sparsekit import registry
+from sparsekit import ranks, registry
 from sparsekit.contracts import Allocator, Anatomy, LayerPruner, LinearInfo, MaskRefiner, Reshaper, WeightUpdate
 from sparsekit.errors import LowCoverage, OutOfMemory, PlanError, TooFewTokens
 from sparsekit.models.lazy_model import LazyModel
@@ -262,13 +262,14 @@ def _left_out(model: LazyModel, targets: Sequence[LinearInfo]) -> str:
     return ", ".join(shown) or "matrices that are not linears"
 
 
-def require_memory(peak_bytes: int, what: str, hint: str) -> None:
+def require_memory(peak_bytes: int, what: str, hint: str, *, by_all: bool = False) -> None:
     """Refuse what this machine's available memory cannot hold.
 
     Args:
         peak_bytes: Expected peak of resident memory, what this process holds already included.
         what: What needs it, for the message.
         hint: What to do about it.
+        by_all: Every rank on this machine needs as much.
 
     Raises:
         OutOfMemory: with needed and available bytes.
@@ -276,8 +277,10 @@ def require_memory(peak_bytes: int, what: str, hint: str) -> None:
     available = available_memory_bytes()
     if available is None:
         return
-    more = peak_bytes - _statm(1)
+    processes = ranks.here().local if by_all else 1
+    more = (peak_bytes - _statm(1)) * processes
     if more > available:
+        what += f" in {processes} processes" if processes > 1 else ""
         raise OutOfMemory(
             f"{what} needs about {bytes_text(more)} more memory, {bytes_text(available)} are free", hint=hint
         )

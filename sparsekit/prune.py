@@ -10,13 +10,14 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsekit import masks
+from sparsekit import masks, ranks
 from sparsekit.allocation import Allocation, Workspace, allocate, densities, uniform_counts
 from sparsekit.checkpoint.safetensors_file import RawTensor, read_header
-from sparsekit.checkpoint.staging import StagedCheckpoint
+from sparsekit.checkpoint.staging import JournalEntry, StagedCheckpoint
 from sparsekit.contracts import Level, Stat
 from sparsekit.errors import IndexMismatch, NonFinite, SparsekitError
 from sparsekit.lanes import SOLVED_AT_ONCE, Turns, side_by_side
@@ -85,7 +86,8 @@ def prune_stage(
         form: How pruned tensors are packed; None leaves them dense.
         workspace: Where the allocator may keep files.
     """
-    allocation = _journalled_allocation(staged) or allocate(plan, model, samples, reporter, workspace)
+    journalled = ranks.share(lambda: _journalled_allocation(staged))
+    allocation = journalled or allocate(plan, model, samples, reporter, workspace)
     budgets, uniform = allocation.counts, uniform_counts(plan)
     linears: dict[str, dict[str, Any]] = {}
     tensors: dict[str, dict[str, Any]] = {}
@@ -101,16 +103,13 @@ def prune_stage(
         task=f"prune ({plan.stage.method})",
     ):
         key = f"block-{visit.index}"
-        entry = staged.finished(key)
+        entry = ranks.share(partial(staged.finished, key))
         shard = staged.folder / shard_names[visit.index]
         if entry is None:
-            facts, changed, keeps = _prune_block(model, visit, plan, budgets, uniform)
-            written = checkpoint_tensors(model, visit.index, changed)
-            packed = pack_changed(written, changed, keeps, facts["tensors"], form) if form else {}
-            facts["packed"] = packed
+            pruned = _prune_block(model, visit, plan, budgets, uniform)
             if visit.index == 0:
-                facts["allocation"] = asdict(allocation)
-            entry = staged.write_shard(key, shard_names[visit.index], written, facts, files.metadata(packed))
+                pruned.facts["allocation"] = asdict(allocation)
+            entry = ranks.share(partial(_write_block, model, visit.index, pruned, staged, shard.name, form))
         else:
             visit.adopt(shard)
             resumed += 1
@@ -134,10 +133,29 @@ def _journalled_allocation(staged: StagedCheckpoint) -> Allocation | None:
     return Allocation(**found) if found else None
 
 
+@dataclass(frozen=True)
+class _PrunedBlock:
+    """Facts for the journal, the changed tensors and the masks, under the names they have in the checkpoint."""
+
+    facts: dict[str, Any]
+    changed: dict[str, Tensor]
+    keeps: dict[str, Tensor]
+
+
+def _write_block(
+    model: LazyModel, index: int, pruned: _PrunedBlock, staged: StagedCheckpoint, name: str, form: Form | None
+) -> JournalEntry:
+    """Pack and write the shard of a block, and journal it."""
+    written = checkpoint_tensors(model, index, pruned.changed)
+    packed = pack_changed(written, pruned.changed, pruned.keeps, pruned.facts["tensors"], form) if form else {}
+    facts = {**pruned.facts, "packed": packed}
+    return staged.write_shard(f"block-{index}", name, written, facts, files.metadata(packed))
+
+
 def _prune_block(
     model: LazyModel, visit: Visit, plan: StagePlan, budgets: Mapping[str, int], uniform: Mapping[str, int]
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """Prune the targets of one block in place; return facts for the journal, the changed tensors and their masks."""
+) -> _PrunedBlock:
+    """Prune the targets of one block in place."""
     targets = [linear for linear in visit.linears if linear.name in budgets]
     order = Reordered(visit.collect(targets, plan.needs) if targets else {}, {}, set())
     if plan.pruner.permutes and isinstance(plan.pattern, NM):
@@ -166,7 +184,7 @@ def _prune_block(
         }
         for name, mask in stored_masks.items()
     }
-    return {"linears": linears, "tensors": tensors, "notes": visit.notes}, changed, stored_masks
+    return _PrunedBlock({"linears": linears, "tensors": tensors, "notes": visit.notes}, changed, stored_masks)
 
 
 Solved = tuple["Tensor", dict[str, Any], tuple[str, ...]]
@@ -184,12 +202,16 @@ def _solve(
 
     Solvers have stretches that more threads do not speed up. Two lanes are enough: the widest linear of a block takes
     about as long as all others, and a third would only hold more memory. Statistics are dropped as they are used.
+    Of several ranks each prunes some of the linears, and then they exchange them.
     """
     found: dict[str, Solved] = {}
-    order = sorted(targets, key=lambda linear: -linear.info.numel * linear.info.in_features)
+    owners = _owners(targets)
+    mine = [linear for linear, owner in owners if owner == ranks.here().rank]
+    for name in stats.keys() - {linear.name for linear in mine}:
+        del stats[name]
 
     def one(place: int, _: Turns) -> None:
-        linear = order[place]
+        linear = mine[place]
         start = time.perf_counter()
         mask, facts, notes = _prune_linear(
             linear, plan, budgets[linear.name], uniform.get(linear.name), stats.pop(linear.name)
@@ -198,8 +220,25 @@ def _solve(
         found[linear.name] = mask, facts, notes
         release_freed()  # each linear leaves holes of its own size, and its copies are the peak of the run
 
-    side_by_side(len(order), one, most=SOLVED_AT_ONCE)
+    with ranks.together():
+        side_by_side(len(mine), one, most=SOLVED_AT_ONCE)
+    for linear, owner in owners:
+        weight, solved = ranks.share(lambda: (linear.weight(), found[linear.name]), owner)  # noqa: B023  (called here)
+        if owner != ranks.here().rank:
+            linear.replace(weight)
+            found[linear.name] = solved
     return found
+
+
+def _owners(targets: Sequence[Linear]) -> list[tuple[Linear, int]]:
+    """Return each linear with the rank that prunes it: the most work first, always to the rank that has the least."""
+    work = [0] * ranks.here().size
+    owners = []
+    for linear in sorted(targets, key=lambda linear: -linear.info.numel * linear.info.in_features):
+        owner = work.index(min(work))
+        work[owner] += linear.info.numel * linear.info.in_features
+        owners.append((linear, owner))
+    return owners
 
 
 def _prune_linear(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sparsekit import ranks
 from sparsekit.checkpoint.staging import StagedCheckpoint
 from sparsekit.data import TextSpec, load_blocks
 from sparsekit.data.packing import TokenBlocks
@@ -67,16 +69,18 @@ def with_nulls(
         reporter.note(f"Null {name}: the recipe once more, for comparison")
         identity = {"run": staged.run_id, "null": name}
         folder = null_folder(staged.out, name)
-        with StagedCheckpoint.open(folder, identity, overwrite=True, resume=resume) as work:
+        begin = partial(StagedCheckpoint.open, folder, identity, overwrite=True, resume=resume)
+        with ranks.share(begin) as work:
             try:
                 run_stages(null, blocks, work, reporter, resume=resume)
-                nulls.append(_score(name, null, report, work, reporter))
+                nulls.append(ranks.share(partial(_score, name, null, report, work, reporter)))
             except (NonFinite, NumericalError) as error:  # as bad as can be, which is for a null to show
                 reporter.note(f"Null {name} has no finite outputs: {error.message}")
                 nulls.append(NullScore(name, math.inf, None, math.inf))
             finally:
-                drop_scratch(folder)
-                work.discard()
+                if ranks.here().rank == 0:
+                    drop_scratch(folder)
+                    work.discard()
         release_freed()
     return replace(report, nulls=tuple(nulls))
 

@@ -11,12 +11,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from sparsekit import ranks
 from sparsekit.allocation import Workspace
 from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.checkpoint.safetensors_file import RawTensor
-from sparsekit.checkpoint.staging import StagedCheckpoint
+from sparsekit.checkpoint.staging import JournalEntry, StagedCheckpoint
 from sparsekit.checkpoint.widths import config_entries, widths_after
 from sparsekit.contracts import LinearInfo, NewLinear, ReshapeContext, Reshaped, Stat, Stats, WholeModel
 from sparsekit.errors import IndexMismatch, NonFinite, SparsekitError
@@ -74,10 +76,7 @@ def reshape_stage(
         reporter: Told about every block.
         workspace: Where the reshaper may keep files.
     """
-    decided = _journalled(staged)
-    if decided is None:
-        context = _context(model, plan, samples, reporter, workspace)
-        decided = {"plan": plan.reshaper.plan(context), "facts": context.facts}
+    decided = ranks.share(lambda: _journalled(staged)) or _decide(model, plan, samples, reporter, workspace)
     reshaped = plan.reshaper.apply(plan.anatomy, decided["plan"], workspace.folder)
     task = f"reshape ({plan.stage.method})"
     after = 0
@@ -85,19 +84,40 @@ def reshape_stage(
     narrow = bool(config_entries(widths=widths_after(model.widths, reshaped.config)))
     for place, old in enumerate(track(reshaped.blocks, reporter, task, count, "blocks")):
         key = f"block-{place}"
-        entry = staged.finished(key)
-        if entry is None:
-            tensors = _renumbered(model, old, place, _written(model, old, reshaped))
-            facts: dict[str, Any] = {"parameters": sum(math.prod(tensor.shape) for tensor in tensors.values())}
-            if place == 0:
-                facts["reshape"] = decided
-            entry = staged.write_shard(key, name_shard(place, count, narrow), tensors, facts)
+        write = partial(_write_block, model, old, place, reshaped, decided, staged, name_shard(place, count, narrow))
+        entry = ranks.share(partial(staged.finished, key)) or ranks.share(write)
         after += int(entry.facts["parameters"])  # type: ignore[arg-type]  # written above
     sizes = {key: math.prod(location.entry.shape) for key, location in model.weights.tensors.items()}
     after += sum(sizes[key] for key in model.keys(None))
     return ReshapeResult(
         reshaped.blocks, {**reshaped.config}, decided["plan"], decided["facts"], (sum(sizes.values()), after)
     )
+
+
+def _decide(
+    model: LazyModel, plan: ReshapePlan, samples: Tensor | None, reporter: Reporter, workspace: Workspace
+) -> dict[str, Any]:
+    """Ask the reshaper; all ranks look at the model together."""
+    context = _context(model, plan, samples, reporter, workspace)
+    decided = {"plan": plan.reshaper.plan(context), "facts": context.facts}
+    return ranks.share(lambda: decided)
+
+
+def _write_block(
+    model: LazyModel,
+    old: int,
+    place: int,
+    reshaped: Reshaped,
+    decided: dict[str, Any],
+    staged: StagedCheckpoint,
+    name: str,
+) -> JournalEntry:
+    """Write the shard of an old block in its new place, and journal it; the first with what was decided."""
+    tensors = _renumbered(model, old, place, _written(model, old, reshaped))
+    facts: dict[str, Any] = {"parameters": sum(math.prod(tensor.shape) for tensor in tensors.values())}
+    if place == 0:
+        facts["reshape"] = decided
+    return staged.write_shard(f"block-{place}", name, tensors, facts)
 
 
 def _journalled(staged: StagedCheckpoint) -> dict[str, Any] | None:

@@ -1,4 +1,7 @@
-"""Executing a resolved recipe: plan, prune stage by stage, evaluate, report, commit."""
+"""Executing a resolved recipe: plan, prune stage by stage, evaluate, report, commit.
+
+Of several ranks all prune together; the first reads the text, writes, measures and reports.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsekit import fs
+from sparsekit import fs, ranks
 from sparsekit.assemble import is_packed
 from sparsekit.calibration import calibration_blocks
-from sparsekit.checkpoint.staging import StagedCheckpoint, is_finished, recover
+from sparsekit.checkpoint.staging import StagedCheckpoint, differences, is_finished, recover
 from sparsekit.data.packing import TokenBlocks
 from sparsekit.describe import (
     base,
@@ -25,7 +29,7 @@ from sparsekit.describe import (
     tools,
     weights_bytes,
 )
-from sparsekit.errors import OutputExists, UsageError
+from sparsekit.errors import OutputExists, RunError, UsageError
 from sparsekit.evaluate.evaluation import EvaluationReport
 from sparsekit.evaluate.gates import GatesSpec, check
 from sparsekit.models.source import ModelSource
@@ -85,31 +89,27 @@ def execute(
         SparsekitError: with what is wrong; `out` is then as it was.
     """
     start = time.perf_counter()
-    _refuse_source(prepared.source, out)
     if not evaluation:
         _refuse_unmeasured(prepared.recipe)
+    with ranks.together():
+        _refuse_source(prepared.source, out)
+        _require_memory(prepared, evaluation=evaluation)
     if extra := prepared.model.extra:
         reporter.note(f"{len(extra)} tensors have no place in the model and are copied unchanged, first {extra[0]}")
     for note in prepared.notes:
         reporter.note(note)
-    _require_memory(prepared, evaluation=evaluation)
-    fs.require_space(out, prepared.disk_bytes, "the checkpoint")
-    blocks = calibration_blocks(prepared, reporter) if prepared.needs_data else None
-    if evaluation:
-        check_evaluation(prepared, reporter)
-    prepared.source.forget_tokenizer()  # the evaluation, long after, reads it again
+    for folder in (out.parent, *([database] if database else [])):
+        ranks.require_shared(folder)
+    blocks = ranks.share(lambda: _read_text(prepared, out, reporter, evaluation=evaluation))
     identity = _identity(prepared, blocks)
-    if is_finished(out, identity):
-        recover(out)  # a run killed right after its commit left its journal
-        drop_scratch(out)
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        return Outcome(out, report, missed_gates=tuple(report["missed_gates"]), already_finished=True)
-    with StagedCheckpoint.open(out, identity, overwrite=overwrite, resume=resume) as staged:
+    _refuse_different_ranks(identity)
+    if finished := ranks.share(lambda: _finished(out, identity)):
+        return finished
+    with ranks.share(partial(StagedCheckpoint.open, out, identity, overwrite=overwrite, resume=resume)) as staged:
         ran = run_stages(prepared, blocks, staged, reporter, resume=resume, database=database)
-        scores = measure(prepared, staged, reporter) if evaluation else None
+        scores = ranks.share(lambda: measure(prepared, staged, reporter)) if evaluation else None
         if scores:
             scores = with_nulls(scores, prepared, blocks, staged, reporter, resume=resume)
-        missed = check(GatesSpec(**prepared.recipe.gates.model_dump()), scores) if scores else []
         report = {
             "schema": 1,
             "run_id": staged.run_id,
@@ -124,23 +124,54 @@ def execute(
             "stages": [
                 describe_stage(plan, result) for plan, result in zip(ran.prepared.plans, ran.results, strict=True)
             ],
-            "bytes": {"source": prepared.source.weights.total_bytes, "output": weights_bytes(staged.folder)},
             "evaluation": scores.to_json() if scores else None,
-            "missed_gates": missed,
+            "missed_gates": check(GatesSpec(**prepared.recipe.gates.model_dump()), scores) if scores else [],
             "seconds": round(time.perf_counter() - start, 2),
-            "peak_memory_bytes": peak_memory_bytes(),
+            "ranks": ranks.here().size,
             "tools": tools(),
         }
-        report["errors"] = summarise(report).errors()
-        written = pages(report, prepared.source.folder)
-        for name, data in written.items():
-            staged.write_file(name, data)
-        committed = staged.commit(
-            {**_manifest(ran), "base": base(report["model"])},
-            volatile=written.keys(),  # they hold timings
-        )
+        return ranks.share(lambda: _commit(ran, staged, report, scores))
+
+
+def _read_text(prepared: Prepared, out: Path, reporter: Reporter, *, evaluation: bool) -> TokenBlocks | None:
+    """Return the calibration text, None where no stage reads any; refuse what could not be written or measured."""
+    fs.require_space(out, prepared.disk_bytes, "the checkpoint")
+    blocks = calibration_blocks(prepared, reporter) if prepared.needs_data else None
+    if evaluation:
+        check_evaluation(prepared, reporter)
+    prepared.source.forget_tokenizer()  # the evaluation, long after, reads it again
+    return blocks
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> Outcome | None:
+    """Return the outcome of exactly this run if `out` holds it."""
+    if not is_finished(out, identity):
+        return None
+    recover(out)  # a run killed right after its commit left its journal
+    drop_scratch(out)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return Outcome(out, report, missed_gates=tuple(report["missed_gates"]), already_finished=True)
+
+
+def _commit(
+    ran: Ran,
+    staged: StagedCheckpoint,
+    report: dict[str, Any],
+    scores: EvaluationReport | None,
+) -> Outcome:
+    """Complete the report, write it, and put the checkpoint into place."""
+    report["bytes"] = {"source": ran.prepared.source.weights.total_bytes, "output": weights_bytes(staged.folder)}
+    report["peak_memory_bytes"] = peak_memory_bytes()
+    report["errors"] = summarise(report).errors()
+    written = pages(report, ran.prepared.source.folder)
+    for name, data in written.items():
+        staged.write_file(name, data)
+    committed = staged.commit(
+        {**_manifest(ran), "base": base(report["model"])},
+        volatile=written.keys(),  # they hold timings
+    )
     drop_scratch(committed)
-    return Outcome(committed, report, scores, tuple(missed))
+    return Outcome(committed, report, scores, tuple(report["missed_gates"]))
 
 
 def _manifest(ran: Ran) -> dict[str, Any]:
@@ -153,6 +184,21 @@ def _manifest(ran: Ran) -> dict[str, Any]:
         "tensors": {name: facts for name, facts in tensors.items() if name not in packed},
         "packed": {name: {**facts, **tensors[name]} for name, facts in packed.items()},
     }
+
+
+def _refuse_different_ranks(identity: dict[str, Any]) -> None:
+    """Refuse ranks that would do something else than the first.
+
+    Raises:
+        RunError: naming the rank and what differs.
+    """
+    first, *others = ranks.gather(identity)
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            raise RunError(
+                f"rank {rank} differs from rank 0 in {differences(first, other)}",
+                hint="Start all ranks with the same command, model and versions.",
+            )
 
 
 def _refuse_source(source: ModelSource, out: Path) -> None:
@@ -199,21 +245,27 @@ def _require_memory(prepared: Prepared, *, evaluation: bool) -> None:
         BASE_MEMORY_BYTES + prepared.cost.whole_bytes,
         "the whole model, which an allocator measures changes of,",
         "Choose an allocator that reads one block at a time, such as owl, or use a machine with more memory.",
+        by_all=True,
     )
     require_memory(
         BASE_MEMORY_BYTES + prepared.cost.gradient_bytes,
         "the gradients of all samples, which a pruner needs for one block after the other,",
         "Lower samples or sequence_length of the method, choose one without gradients, such as sparsegpt, or use a "
         "machine with more memory.",
+        by_all=True,
     )
     require_memory(
         prepared.cost.memory_bytes,
         "the run",
         "Lower calibration.samples or calibration.sequence_length, or use a machine with more memory.",
+        by_all=True,
     )
     for name, null in prepared.nulls.items():
         require_memory(
-            null.cost.memory_bytes, f"the null {name}", "Leave the null out, or use a machine with more memory."
+            null.cost.memory_bytes,
+            f"the null {name}",
+            "Leave the null out, or use a machine with more memory.",
+            by_all=True,
         )
     if evaluation:
         require_memory(

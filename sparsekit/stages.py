@@ -13,10 +13,11 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsekit import fs
+from sparsekit import fs, ranks
 from sparsekit.allocation import Workspace
 from sparsekit.assemble import is_packed, shard_name, shard_names, write_model_files
 from sparsekit.checkpoint.jsonio import JSON
@@ -95,7 +96,7 @@ def run_stages(
                 prune_stage(prepared.model, pruned, run.samples(pruned), work, names, reporter, form, workspace)
             )
     if prepared.plans:
-        write_model_files(prepared, staged, prepared.model.blocks)
+        ranks.share(lambda: write_model_files(prepared, staged, prepared.model.blocks))
     return Ran(prepared, tuple(reshapes), tuple(results))
 
 
@@ -127,7 +128,8 @@ class _Run:
             return
         folder = self.staged.out.with_name(f"{self.staged.out.name}.stage-{position}")
         identity: dict[str, JSON] = {"run": self.staged.run_id, "stage": position}
-        with StagedCheckpoint.open(folder, identity, overwrite=True, resume=self.resume) as work:
+        begin = partial(StagedCheckpoint.open, folder, identity, overwrite=True, resume=self.resume)
+        with ranks.share(begin) as work:
             yield work
 
 

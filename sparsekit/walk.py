@@ -1,7 +1,8 @@
 """The one block walker: load a block, look at its inputs, let a visitor change it, propagate, release.
 
 Everything that methods share happens here: capturing inputs, hooks, propagation, finite checks. Samples go through a
-block one by one (several side by side, in threads), so results cannot depend on a batch size.
+block one by one (several side by side, in threads), so results cannot depend on a batch size. Of several ranks each
+has its own samples, and statistics are merged in the order of the ranks, which is that of the samples.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sparsekit import registry
+from sparsekit import ranks, registry
 from sparsekit.contracts import Stat
 from sparsekit.errors import NonFinite, SparsekitError
 from sparsekit.finite import all_finite
@@ -91,7 +92,8 @@ def walk(
         probed: ids [samples, sequence_length] for statistics of gradients, None when nobody will ask for them.
         task: Name of the step in the progress display.
     """
-    gradients = BlockGradients(model, probed, reporter, task) if probed is not None else None
+    own = probed[ranks.portion(len(probed))] if probed is not None else None
+    gradients = BlockGradients(model, own, reporter, task) if own is not None else None
     yield from _Walk(model, samples, reporter, propagate, gradients, task).run()
 
 
@@ -106,7 +108,9 @@ class _Walk:
         task: str,
     ) -> None:
         self.model = model
-        self.samples = samples
+        own = ranks.portion(len(samples)) if samples is not None else slice(0)
+        self.samples = samples[own] if samples is not None else None
+        self.first_sample = own.start or 0
         self.reporter = reporter
         self.propagate = propagate
         self.gradients = gradients
@@ -117,7 +121,8 @@ class _Walk:
 
     def run(self) -> Iterator[Visit]:
         if self.samples is not None:
-            self._capture(self.samples)
+            with ranks.together():
+                self._capture(self.samples)
         for index in track(range(self.model.blocks), self.reporter, self.task, self.model.blocks, "blocks"):
             block = self.model.load_block(index)
             _refuse_nonfinite_weights(self.model, block, index)
@@ -131,6 +136,9 @@ class _Walk:
             self.model.release_block(index)
 
     def _capture(self, samples: Tensor) -> None:
+        if not len(samples):  # fewer than ranks
+            self.calls = [[] for _ in range(self.model.blocks)]
+            return
         self.model.load_outer()
         self.model.load_block(0)
         step = f"{self.task}: capture inputs"
@@ -141,21 +149,23 @@ class _Walk:
         self.model.release_outer()
         release_freed()
         for sample, states in enumerate(self.hidden):
-            _refuse_nonfinite(states, "embeddings", sample)
+            _refuse_nonfinite(states, "embeddings", self.first_sample + sample)
 
     def differentiate(
         self, visit: Visit, names: Collection[str], kinds: Mapping[str, type[Stat]]
     ) -> dict[str, dict[str, Stat]]:
         if self.gradients is None:
             raise SparsekitError("statistics of gradients asked for in a walk without probes")
-        return self.gradients.collect(visit.index, names, kinds)
+        with ranks.together():
+            found = self.gradients.collect(visit.index, names, kinds)
+        return {name: _merged(stats) for name, stats in found.items()}
 
     def collect(
         self, visit: Visit, linears: list[Linear], kinds: Mapping[str, type[Stat]]
     ) -> dict[str, dict[str, Stat]]:
         if self.samples is None:
             raise SparsekitError("statistics of inputs asked for in a walk without samples")
-        collector = _Collector(linears, kinds)
+        collector = _Collector(linears, kinds, self.first_sample)
         handles = tap_inputs(linears, collector.tap)
         try:
             self._forward(visit, keep=self.propagate == "none", collector=collector)
@@ -169,9 +179,9 @@ class _Walk:
     def flow(self, visit: Visit, kind: type[Stat]) -> Stat:
         if self.samples is None:
             raise SparsekitError("statistics of hidden states asked for in a walk without samples")
-        stat = kind(self.hidden[0].shape[-1])
+        stat = kind(ranks.share(lambda: self.hidden[0].shape[-1]))
         self._forward(visit, keep=True, flow=stat)
-        return stat
+        return _merged({"flow": stat})["flow"]
 
     def _forward(
         self, visit: Visit, *, keep: bool, collector: _Collector | None = None, flow: Stat | None = None
@@ -194,13 +204,14 @@ class _Walk:
                 with turns.turn("flow", sample):
                     flow.update(torch.stack([self.hidden[sample], out]).flatten(1, -2))
             if keep:
-                _refuse_nonfinite(out, where, sample)
+                _refuse_nonfinite(out, where, self.first_sample + sample)
                 # In place: tensors that live on between those that come and go would keep freed memory from the system.
                 self.hidden[sample].copy_(out)
 
         # A model's own code may keep things in its modules between calls; transformers' blocks do not.
         own_code = type(visit.block).__module__.startswith("transformers_modules")
-        side_by_side(len(calls), one, most=1 if own_code else MAX_LANES)
+        with ranks.together():
+            side_by_side(len(calls), one, most=1 if own_code else MAX_LANES)
         self.propagated = self.propagated or keep
         release_freed()
 
@@ -208,6 +219,16 @@ class _Walk:
 def _join(into: dict[str, dict[str, Stat]], found: Mapping[str, Mapping[str, Stat]]) -> None:
     for name, stats in found.items():
         into[name] |= stats
+
+
+def _merged(own: dict[str, Stat]) -> dict[str, Stat]:
+    """Return the sum of the statistics that the ranks have of one linear; of another rank's one is held at a time."""
+    found = ranks.share(lambda: own)
+    for source in range(1, ranks.here().size):
+        part = ranks.share(lambda: own, source)
+        for name, stat in found.items():
+            stat.merge(part[name])
+    return found
 
 
 class _SeenAll(Exception):  # a signal that ends a pass, not an error
@@ -227,8 +248,9 @@ class _Sample(threading.local):
 class _Collector:
     """Feeds inputs to statistics, once per distinct input tensor, in the order of the samples."""
 
-    def __init__(self, linears: list[Linear], kinds: Mapping[str, type[Stat]]) -> None:
+    def __init__(self, linears: list[Linear], kinds: Mapping[str, type[Stat]], first_sample: int) -> None:
         self._linears = {linear.name: linear for linear in linears}
+        self._first_sample = first_sample
         self._classes = kinds
         self._stats: dict[str, dict[str, Stat]] = {}
         self._leader: dict[str, str] = {}  # linear -> the linear whose statistic it shares
@@ -242,13 +264,11 @@ class _Collector:
     def tap(self, name: str, x: Tensor) -> None:
         sample = self._sample
         shared = next((other for other, seen in sample.inputs.items() if seen is x), None)
-        leader = self._leader.setdefault(name, shared or name)
-        if leader != (shared or name):
-            raise SparsekitError("linears that shared an input in one sample do not in the next", where=name)
+        self._follow(name, shared or name)
         if not shared:
             sample.inputs[name] = x
             rows = x.reshape(-1, x.shape[-1])
-            _refuse_nonfinite(rows, name, sample.number)
+            _refuse_nonfinite(rows, name, self._first_sample + sample.number)
             with sample.turns.turn(name, sample.number):
                 for stat in self._own(name).values():
                     stat.update(rows)
@@ -256,7 +276,13 @@ class _Collector:
         if len(sample.seen) == len(self._linears) and not sample.whole:
             raise _SeenAll
 
+    def _follow(self, name: str, leader: str) -> None:
+        """Have a linear share the statistic of another, or have its own."""
+        if self._leader.setdefault(name, leader) != leader:
+            raise SparsekitError("linears that shared an input in one sample do not in the next", where=name)
+
     def finish(self) -> tuple[dict[str, dict[str, Stat]], list[str]]:
+        self._merge_ranks()
         notes = self._fill_starved_experts()
         return {name: self._own(self._leader.get(name, name)) for name in self._linears}, notes
 
@@ -265,6 +291,15 @@ class _Collector:
             width = self._linears[name].info.in_features
             self._stats[name] = {key: cls(width) for key, cls in self._classes.items()}
         return self._stats[name]
+
+    def _merge_ranks(self) -> None:
+        """Make the statistics of all ranks, of which each has seen its own samples, one."""
+        for leaders in ranks.gather(self._leader):
+            for name, leader in leaders.items():
+                self._follow(name, leader)
+        for name in self._linears:
+            if self._leader.get(name, name) == name:
+                self._stats[name] = _merged(self._own(name))
 
     def _fill_starved_experts(self) -> list[str]:
         """Add pseudo-tokens of the pooled mean to experts that saw too few tokens: unseen is not dead."""

@@ -92,6 +92,10 @@ class Lock:
             time.sleep(_PAUSE_SECONDS)
         raise Locked("another process is taking the lock", where=what, hint=f"Try again, or remove {path}.")
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy in another process holds nothing, and what has such a copy can be read and closed there."""
+        return {**self.__dict__, "_held": False}
+
     @property
     def held(self) -> bool:
         """Whether it was not released yet."""

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
-from sparsekit import __version__
+from sparsekit import __version__, farewell, ranks
 from sparsekit.cli import options, render
 from sparsekit.errors import (
     DiskFull,
@@ -35,6 +35,7 @@ from sparsekit.errors import (
 
 # Decoding is hundreds of products of microseconds: waking threads that sleep between them takes longer than they do.
 _DECODING = {"bench", "generate"}
+_SPREAD = {"prune"}  # commands that several processes do together
 
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
@@ -64,13 +65,14 @@ def main() -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _stop_on_signals()
     _open_streams()
+    farewell.hush()
     try:
         code = build()(prog_name="sparsekit", standalone_mode=False)
     except typer.TyperException as error:  # what typer itself refuses, before a command runs
         code = _report_usage(error)
     except typer.Abort:
         code = EXIT_INTERRUPTED
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(farewell.leave(code if isinstance(code, int) else 0))
 
 
 def _open_streams() -> None:
@@ -143,6 +145,7 @@ def guard(command: Callable[..., None]) -> Callable[..., None]:
         _prepare(quiet=chosen[options.Quiet], verbose=loudness)
         try:
             _require_folder()
+            _require_one_process(command)
             command(**given)
             sys.stdout.flush()
         except typer.Exit:
@@ -151,7 +154,8 @@ def guard(command: Callable[..., None]) -> Callable[..., None]:
             _discard_output()
             raise typer.Exit(EXIT_PIPE) from None
         except BaseException as error:
-            raise typer.Exit(_report_somewhere(error, as_json=chosen[options.Json])) from None
+            ended = farewell.cause(_expected(error) or error)
+            raise typer.Exit(_report_somewhere(ended, as_json=chosen[options.Json])) from None
 
     return run
 
@@ -218,6 +222,15 @@ def _require_folder() -> None:
         os.getcwd()
     except FileNotFoundError as error:
         raise ResourceError("the current folder no longer exists", hint="Change to one that does: cd") from error
+
+
+def _require_one_process(command: Callable[..., None]) -> None:
+    """Refuse what every process of a launcher would do once more."""
+    if (size := ranks.launched().size) > 1 and command.__name__ not in _SPREAD:
+        raise UsageError(
+            f"{command.__name__} runs in one process, a launcher has started {size}",
+            hint="Start it without torchrun or accelerate launch.",
+        )
 
 
 def _prepare(*, quiet: bool, verbose: int) -> None:

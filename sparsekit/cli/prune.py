@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparsekit import ranks
 from sparsekit.cli import render
 from sparsekit.cli.options import Dtype, Json, Quiet, RecipeName, Revision, Seed, Set, TrustRemoteCode, Verbose
 from sparsekit.errors import GateMissed, UsageError
@@ -66,6 +67,7 @@ def prune(
     """Prune a model with a recipe and write a checkpoint that transformers loads."""
     from sparsekit.recipe.load import load_recipe
 
+    ranks.join()
     changes = [*(overrides or ()), *([f"calibration.seed={seed}"] if seed is not None else [])]
     if nulls:
         changes.append(f"evaluate.nulls={dumps([null.strip() for null in nulls.split(',')])}")
@@ -76,7 +78,7 @@ def prune(
     from sparsekit.prepared import default_out, prepare
     from sparsekit.run import execute
 
-    with render.reporter(quiet=quiet) as reporter:
+    with render.reporter(quiet=quiet or ranks.here().rank > 0) as reporter:
         source = open_model(model, reporter, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
         prepared = prepare(chosen, source)
         out = out or default_out(chosen, source)

@@ -33,7 +33,7 @@ class BlockGradients:
 
         Args:
             model: Source of the blocks; what is redirected later does not count.
-            ids: Samples, [samples, sequence_length], without padding.
+            ids: Samples, [samples, sequence_length], without padding; none at all give empty statistics.
             reporter: Told about the two passes.
             task: Name of the step in the progress display.
         """
@@ -61,7 +61,7 @@ class BlockGradients:
         Raises:
             NonFinite: naming sample and linear.
         """
-        if not self._calls:
+        if not self._calls and len(self._ids):
             self._differentiate(index)
         block = self._model.load_block(index)
         linears = [linear for linear in self._model.stack.linears(index) if linear.name in names]
@@ -70,7 +70,7 @@ class BlockGradients:
         parameters = {id(x): x for x in (linear.module.get_parameter(linear.parameter) for linear in linears)}
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        entered, left = self._entered.pop(index), self._left.pop(index)
+        entered, left = self._entered.pop(index, []), self._left.pop(index, [])
 
         def one(sample: int, turns: Turns) -> None:
             with torch.enable_grad():
@@ -88,7 +88,8 @@ class BlockGradients:
 
         self._run(one)
         self._model.release_block(index)
-        self._calls[index] = []
+        if self._calls:
+            self._calls[index] = []
         release_freed()
         return stats
 

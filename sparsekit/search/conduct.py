@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
+from sparsekit import ranks
 from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.progress import Reporter
 from sparsekit.search.evolution import Schedule, evolve, random_search
@@ -44,7 +45,7 @@ class Search:
     def __post_init__(self) -> None:
         """Find what an interrupted run of it left."""
         own: dict[str, JSON] = {"seed": self.seed, "options": self.options.model_dump(mode="json")}
-        self._saved = SavedSearch(self.folder, {**self.identity, **own})
+        self._saved = ranks.share(lambda: SavedSearch(self.folder, {**self.identity, **own}))
 
     @property
     def history(self) -> dict[str, float]:
@@ -58,7 +59,8 @@ class Search:
 
     def schedule(self, passed_seconds: float, searches: int) -> Schedule:
         """Return the stages that the budget allows each of so many searches; an interrupted search keeps its own."""
-        found = self.options.affordable_schedule(self.tokens_per_second, passed_seconds, searches)
+        passed = ranks.share(lambda: passed_seconds)
+        found = self.options.affordable_schedule(self.tokens_per_second, passed, searches)
         return replace(found, generations=self._saved.decide(found.generations))
 
     def evolve(

@@ -6,12 +6,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Generic, TypeVar
 
+from sparsekit import ranks
 from sparsekit.contracts import WholeModel
 from sparsekit.errors import NonFinite
 from sparsekit.lanes import side_by_side
-from sparsekit.progress import Reporter, track
+from sparsekit.progress import Reporter
 from sparsekit.search.divergence import Reference, divergence, reference
 from sparsekit.search.options import SearchOptions
 
@@ -27,14 +30,21 @@ class Predictions:
 
 
 def predictions(model: WholeModel, options: SearchOptions, reporter: Reporter) -> Predictions:
-    """Run the model, which is still dense, on the pool."""
+    """Run the model, which is still dense, on the pool; of several ranks each runs it on a part."""
     task = "search: predictions of the dense model"
     start = time.perf_counter()
-    found = tuple(
-        reference(model.logits(sample)[:-1], options.top)
-        for sample in track(range(options.samples), reporter, task, options.samples, "samples")
-    )
-    return Predictions(found, options.samples * options.sequence_length / (time.perf_counter() - start))
+    own = range(options.samples)[ranks.portion(options.samples)]
+
+    def predict(sample: int) -> Reference:
+        found = reference(model.logits(sample)[:-1], options.top)
+        reporter.advance(task)
+        return found
+
+    reporter.start(task, len(own), "samples")
+    found = ranks.spread(range(options.samples), predict)
+    reporter.finish(task)
+    speed = options.samples * options.sequence_length / (time.perf_counter() - start)
+    return Predictions(tuple(found), ranks.share(lambda: speed))
 
 
 class DivergenceLandscape(ABC, Generic[State]):
@@ -45,7 +55,7 @@ class DivergenceLandscape(ABC, Generic[State]):
         self._model = model
         self._dense = dense.samples
         self.tick: Callable[[int], None] = lambda samples: None
-        """Called with the number of samples after each state that was measured."""
+        """Called with the number of samples after states were measured."""
 
     @abstractmethod
     def enter(self, state: State) -> None:
@@ -56,22 +66,35 @@ class DivergenceLandscape(ABC, Generic[State]):
         """Give the model back dense."""
 
     def fitness(self, states: Sequence[State], draw: Sequence[int]) -> list[float]:
-        """Return the mean divergence of each state on the samples `draw`, nats per token."""
-        return [self._measure(state, draw) for state in states]
+        """Return the mean divergence of each state on the samples `draw`, nats per token.
 
-    def _measure(self, state: State, draw: Sequence[int]) -> float:
-        self.enter(state)
-        found = [0.0] * len(draw)
-
-        def one(place: int, _: object) -> None:
-            sample = draw[place]
-            found[place] = divergence(self._dense[sample], self._model.logits(sample)[:-1])
-
-        side_by_side(len(draw), one)
-        mean = sum(found) / len(found)
-        if mean != mean:
+        Of several ranks each measures a part of the states, or of the samples of one; the sums are the same.
+        """
+        every = [(place, sample) for place in range(len(states)) for sample in draw]
+        with ranks.together():
+            own = every[ranks.portion(len(every))]
+            measured = [self._measure(states[place], part) for place, part in _by_state(own)]
+        found = iter([value for part in ranks.gather(measured) for values in part for value in values])
+        means = [sum(islice(found, len(draw))) / len(draw) for _ in states]
+        if any(mean != mean for mean in means):
             raise NonFinite(
                 "what a search tries makes the model predict NaN", hint="Run with --dtype fp32 or --dtype bf16."
             )
-        self.tick(len(draw))
-        return mean
+        self.tick(len(every))
+        return means
+
+    def _measure(self, state: State, samples: Sequence[int]) -> list[float]:
+        """Return the divergence of a state on each sample."""
+        self.enter(state)
+        found = [0.0] * len(samples)
+
+        def one(place: int, _: object) -> None:
+            found[place] = divergence(self._dense[samples[place]], self._model.logits(samples[place])[:-1])
+
+        side_by_side(len(samples), one)
+        return found
+
+
+def _by_state(every: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
+    """Return the samples of each state, from pairs of both in the order of the states."""
+    return [(place, [sample for _, sample in pairs]) for place, pairs in groupby(every, key=itemgetter(0))]

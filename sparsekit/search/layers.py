@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from sparsekit import fs, registry
-from sparsekit.contracts import AllocationContext, LinearInfo, WholeModel
+from sparsekit import fs, ranks, registry
+from sparsekit.contracts import AllocationContext, LinearInfo, Stats, WholeModel
 from sparsekit.errors import SparsekitError
 from sparsekit.lazy import torch
 from sparsekit.search.conduct import Search
@@ -75,7 +77,8 @@ def layer_search(
     if context.folder is None:
         raise SparsekitError("a search over levels needs a folder for its database")
     names = tuple(linear.name for linear in context.linears)
-    with LevelDatabase(context.folder, context.identity, grid) as database:
+    begin = partial(LevelDatabase, context.folder, context.identity, grid)
+    with ranks.share(begin) as database:
         build(database, context)
         with context.whole() as model:
             dense = predictions(model, options, context.reporter)
@@ -88,18 +91,24 @@ def layer_search(
 
 def build(database: LevelDatabase, context: AllocationContext) -> None:
     """Prune every linear that the database lacks at all of its levels, on the inputs of the dense model."""
-    missing = database.missing(context.linears)
+    missing = ranks.share(lambda: database.missing(context.linears))
     if not missing:
         return
     nested, dtype = context.pruner.nested, context.dtype or torch.float32
     size = database.expected_bytes(missing, nested=nested, dtype=dtype)
-    fs.require_space(database.folder, size, "the level database")
+    ranks.share(lambda: fs.require_space(database.folder, size, "the level database"))
     context.reporter.note(f"search: level database of {bytes_text(size)} in {database.folder}")
     wanted = {linear.name for linear in missing}
-    for linear, weight, stats in context.visit(context.pruner.needs):
-        if linear.name in wanted:
-            at = context.pruner.fit(linear, weight, stats)
-            database.add(linear, weight, at, context.pattern, nested=nested, dtype=dtype)
+    visited = (each for each in context.visit(context.pruner.needs) if each[0].name in wanted)
+
+    def parts(each: tuple[LinearInfo, Tensor, Stats]) -> dict[str, Tensor]:
+        linear, weight, stats = each
+        at = context.pruner.fit(linear, weight, stats)
+        return database.parts(linear, weight, at, context.pattern, nested=nested, dtype=dtype)
+
+    while batch := list(islice(visited, ranks.here().size)):
+        for (linear, *_), found in zip(batch, ranks.spread(batch, parts), strict=True):
+            database.keep(linear, found)
 
 
 class LayerLandscape(DivergenceLandscape[Levels]):

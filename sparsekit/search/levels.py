@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsekit import fs
+from sparsekit import fs, ranks
 from sparsekit.checkpoint.journal import Journal, JournalEntry
 from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.checkpoint.lock import Lock
@@ -37,7 +37,10 @@ _MOST_LEVELS = 255  # of a byte
 
 
 class LevelDatabase:
-    """Levels of linears in a folder; use as a context manager, one process at a time."""
+    """Levels of linears in a folder; use as a context manager, one process at a time.
+
+    The first of several ranks opens it and sends the others copies: they read its files, and it writes them.
+    """
 
     def __init__(self, folder: Path, identity: Mapping[str, JSON], grid: Grid) -> None:
         """Open or begin the database of `identity`, which is all that its content depends on.
@@ -102,10 +105,10 @@ class LevelDatabase:
     def _counts(self, linear: LinearInfo) -> list[int]:
         return [self.grid.count(linear.name, level) for level in self.grid.levels(linear.name)]
 
-    def add(
+    def parts(
         self, linear: LinearInfo, dense: Tensor, at: Level, pattern: Pattern, *, nested: bool, dtype: torch.dtype
-    ) -> None:
-        """Prune a linear at all of its levels and keep them.
+    ) -> dict[str, Tensor]:
+        """Return what a linear is at all of its levels, as it is kept.
 
         Args:
             linear: Which one.
@@ -120,9 +123,14 @@ class LevelDatabase:
         """
         counts = self._counts(linear)
         if nested:
-            parts = {"number": _numbers(linear.name, dense, at, pattern, counts)}
-        else:
-            parts = _separate(dtype, at, pattern, counts)
+            return {"number": _numbers(linear.name, dense, at, pattern, counts)}
+        return _separate(dtype, at, pattern, counts)
+
+    def keep(self, linear: LinearInfo, parts: Mapping[str, Tensor]) -> None:
+        """Write the parts of a linear."""
+        self._journal.entries[linear.name] = ranks.share(lambda: self._write(linear, parts))
+
+    def _write(self, linear: LinearInfo, parts: Mapping[str, Tensor]) -> JournalEntry:
         raw = {name: to_raw(part) for name, part in parts.items()}
         draft = self.folder / "draft.safetensors"
         if draft.exists():  # of a run that was killed
@@ -130,8 +138,10 @@ class LevelDatabase:
         record = fs.write_file(draft, encode(raw, {"sparsekit_linear": linear.name}))
         name = f"{record.sha256[:32]}.safetensors"
         fs.move(draft, self.folder / name)
-        facts: dict[str, JSON] = {"nested": nested, "levels": len(counts)}
-        self._journal.add(JournalEntry(linear.name, name, record.size_bytes, record.sha256, {}, facts))
+        facts: dict[str, JSON] = {"nested": "number" in parts, "levels": len(self._counts(linear))}
+        entry = JournalEntry(linear.name, name, record.size_bytes, record.sha256, {}, facts)
+        self._journal.add(entry)
+        return entry
 
     def weight(self, linear: LinearInfo, dense: Tensor, level: int) -> Tensor:
         """Return a linear at a level, [out, in] of the dtype of `dense`, its weight in the dtype of the model.

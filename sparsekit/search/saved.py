@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from sparsekit import fs
+from sparsekit import fs, ranks
 from sparsekit.checkpoint import jsonio
 from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.errors import CheckpointError
@@ -14,7 +14,7 @@ from sparsekit.search.switches import Levels
 
 
 class SavedSearch:
-    """One search in the folder of its level database."""
+    """One search in the folder of its level database; of several ranks, the first has the file."""
 
     def __init__(self, folder: Path, identity: Mapping[str, JSON]) -> None:
         """Find the search of `identity`, its options and its seed, if one was begun; `folder` is made."""
@@ -49,7 +49,7 @@ class SavedSearch:
                 "history": {str(number): fitness for number, fitness in self.history.items()},
             }
         )
-        fs.replace_file(self._path, text)
+        ranks.share(lambda: fs.replace_file(self._path, text))
 
     def _load(self) -> None:
         with fs.typed_errors(self._path):

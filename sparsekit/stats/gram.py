@@ -40,6 +40,14 @@ class Gram(Stat):
         self._results: dict[Any, Any] = {}
         self._lock = threading.RLock()  # linears that share the statistic are pruned side by side
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process needs of it: neither lock nor results."""
+        return {"in_features": self.in_features, "tokens": self.tokens, "_upper": self._upper, "_results": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what another process has sent."""
+        self.__dict__ = {**state, "_lock": threading.RLock()}
+
     def update(self, x: Tensor) -> None:
         """Add `x: [tokens, in]`."""
         self._results.clear()

@@ -55,7 +55,7 @@ def landscape(tmp_path):
         for linear in LINEARS:
             weight = model.weight(linear)
             at = ranked(weight, weight.abs(), "row")
-            database.add(linear, weight, at, Unstructured(), nested=True, dtype=torch.float32)
+            database.keep(linear, database.parts(linear, weight, at, Unstructured(), nested=True, dtype=torch.float32))
         dense = Predictions(tuple(reference(model.logits(sample)[:-1], 16) for sample in range(4)), 1.0)
         yield LayerLandscape(LINEARS, database, model, dense), model
 

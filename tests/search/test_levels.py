@@ -37,7 +37,8 @@ def fit(name, linear):
 
 def add(database, linear, name="wanda", pattern=None, dtype=torch.float32):
     method, at = fit(name, linear)
-    database.add(linear, weight(linear), at, pattern or Unstructured(), nested=method.nested, dtype=dtype)
+    parts = database.parts(linear, weight(linear), at, pattern or Unstructured(), nested=method.nested, dtype=dtype)
+    database.keep(linear, parts)
     return at
 
 
@@ -93,7 +94,7 @@ def test_a_pruner_that_is_not_nested_though_it_says_so_is_found_out(tmp_path):
         LevelDatabase(tmp_path, IDENTITY, grid()) as database,
         pytest.raises(SparsekitError, match=r"layers\.0\.up: .*is not nested"),
     ):
-        database.add(A, weight(A), at, Unstructured(), nested=True, dtype=torch.float32)
+        database.parts(A, weight(A), at, Unstructured(), nested=True, dtype=torch.float32)
 
 
 def test_what_is_there_is_not_built_again(tmp_path):
