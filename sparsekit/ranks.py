@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +33,9 @@ Result = TypeVar("Result")
 
 LONGEST_WAIT = timedelta(days=30)
 """For what one rank does while the others wait: reading, writing, measuring."""
+ENDED = "ended"
+"""What the store holds once a rank has ended with an error, or was told to."""
+_PAUSE_SECONDS = 0.1
 _SEEN_SECONDS = 10.0
 """A network file system may remember for a few seconds that a file was not there."""
 
@@ -76,6 +80,7 @@ def join() -> None:
 
     try:
         PartialState(cpu=True, backend="gloo", timeout=LONGEST_WAIT)  # the computing is done on the CPU
+        store()  # while all are there
     except (RuntimeError, ValueError) as error:
         raise WorkerLost(
             f"rank {found.rank} cannot join the other {found.size - 1}: {' '.join(str(error).split())}",
@@ -84,8 +89,22 @@ def join() -> None:
     _here = found
 
 
+@cache
+def store() -> Any:
+    """Return the store through which a launcher lets its processes find each other: small texts under names.
+
+    Raises:
+        RuntimeError: It cannot be reached.
+    """
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # documented all the same
+
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"sparsekit/{attempt}", TCPStore(*where, timeout=timedelta(seconds=10)))
+
+
 def part() -> None:
-    """Leave the other ranks: one that waits for this one is told so by a broken connection."""
+    """Leave the other ranks when all is done."""
     global _here
     if _here.size > 1:
         import torch.distributed as dist
@@ -243,6 +262,22 @@ def _broadcast(tensor: Tensor, source: int) -> None:
     if not tensor.numel():
         return
     try:
-        dist.broadcast(tensor.reshape(-1).view(torch.uint8), source)
+        work = dist.broadcast(tensor.reshape(-1).view(torch.uint8), source, async_op=True)
+        _wait_for(work)
+        work.wait()  # raises what went wrong
     except RuntimeError as error:
         raise WorkerLost(f"the connection to the other ranks broke: {' '.join(str(error).split())[:200]}") from error
+
+
+def _wait_for(work: Any) -> None:
+    """Wait in Python, which hears signals, and hears of a rank that has ended.
+
+    Raises:
+        WorkerLost: One has.
+    """
+    pause = 0.0002
+    while not work.is_completed():
+        time.sleep(pause)
+        pause = min(1.25 * pause, _PAUSE_SECONDS)
+        if pause == _PAUSE_SECONDS and store().check([ENDED]):
+            raise WorkerLost("another rank has ended")

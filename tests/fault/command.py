@@ -137,8 +137,10 @@ for line in sys.stdin:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         torch.set_num_threads(task["threads"])
         sys.argv = ["sparsekit", *task["arguments"]]
+        os.environ.update(task["env"])
         code = 70
         try:
+            exec(task["before"])
             app.main()
         except SystemExit as end:
             code = end.code or 0
@@ -185,11 +187,12 @@ class Nursery:
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
-    def start(self, arguments: Sequence[str]) -> Child:
-        """Start a command."""
+    def start(self, arguments: Sequence[str], *, before: str = "", **env: str) -> Child:
+        """Start a command, after Python statements that break something."""
         self._started += 1
         logs = str(self._folder / f"log-{self._started}")
-        task = {"arguments": list(arguments), "logs": logs, "threads": self.threads}
+        arguments = [str(argument) for argument in arguments]
+        task = {"arguments": arguments, "logs": logs, "threads": self.threads, "before": before, "env": env}
         return Child(int(self._ask(task)), logs)
 
     def collect(self, child: Child) -> Ended:
