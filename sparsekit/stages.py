@@ -83,7 +83,7 @@ def run_stages(
             result = reshape_stage(prepared.model, plan, run.samples(plan), work, shard_name, reporter, workspace)
             reshapes.append(result)
             config = {**prepared.config, **result.config}
-            write_model_files(replace(prepared, config=config), work, len(result.blocks))
+            ranks.share(partial(write_model_files, replace(prepared, config=config), work, len(result.blocks)))
         prepared = reshaped(prepared, work.folder, result.config)
     names = shard_names(prepared)
     results = []

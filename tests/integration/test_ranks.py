@@ -91,6 +91,15 @@ description: what every rank measures alone
 stages:
   - {stage: prune, method: wanda, sparsity: 0.6, allocate: {method: ecoflap, samples: 2, sequence_length: 8}}
 """
+DROPPED = """
+sparsekit: 1
+name: dropped
+description: a block goes, then half of the weights
+stages:
+  - {stage: reshape, method: layer_drop, drop: 0.4, generations: 2, offspring: 3, starts: 2, samples: 5,
+     sequence_length: 32, tokens: [32, 64]}
+  - {stage: prune, method: wanda, sparsity: 0.5}
+"""
 CASES = {
     "wanda": ("llama", "wanda-50", FIVE),
     "gradients": ("llama", "mfac-50", settings("stages.0.samples=3", "stages.0.sequence_length=32")),
@@ -98,11 +107,12 @@ CASES = {
     "experts": ("qwen3_moe", "wanda-50", FIVE),
     "fewer samples than ranks": ("qwen3_moe", "owl-wanda-60", settings("calibration.samples=2")),
     "losses": ("llama", LOSSES, FIVE),
+    "layers dropped": ("llama", DROPPED, FIVE),
     "two stages and a null": ("llama", TWO_STAGES, [*FIVE, "--nulls", "random"]),
 }
 
 
-@pytest.mark.parametrize(("case", "size"), zip(CASES, [2, 3, 2, 2, 3, 2, 2], strict=True))
+@pytest.mark.parametrize(("case", "size"), zip(CASES, [2, 3, 2, 2, 3, 2, 2, 2], strict=True))
 def test_any_number_of_ranks_makes_the_same_checkpoint(case, size, nursery, models, tmp_path):
     family, recipe, more = CASES[case]
     if "stages" in recipe:
