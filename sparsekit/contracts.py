@@ -319,18 +319,39 @@ class NewLinear:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What of one block stays; None: all of it.
+
+    Attributes:
+        groups: Key-value groups, [kept] int64, ascending.
+        neurons: Inputs of the down projection, [kept] int64, ascending.
+    """
+
+    groups: Tensor | None = None
+    neurons: Tensor | None = None
+
+    @property
+    def all(self) -> bool:
+        """Whether nothing goes."""
+        return self.groups is None and self.neurons is None
+
+
+@dataclass(frozen=True)
 class Reshaped:
     """What is left of a model.
 
     Attributes:
         blocks: Old blocks in their new order.
         config: Keys of config.json that change, with their new values.
-        linears: Called with an old block's number: its linears that change, by name, while the block is loaded.
+        linears: Called with an old block's number: its linears that change, by name, as they are to be.
+        kept: Called with an old block's number: its groups of heads and neurons that stay. All linears that lose rows
+            or columns with the others are cut, before those of `linears` are replaced.
     """
 
     blocks: tuple[int, ...]
     config: Mapping[str, JSON]
     linears: Callable[[int], Mapping[str, NewLinear]] = lambda block: {}
+    kept: Callable[[int], Kept] = lambda block: Kept()
 
 
 class Reshaper(Method[Options]):

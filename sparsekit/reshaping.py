@@ -28,6 +28,7 @@ from sparsekit.memory import release_freed
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.linears import Linear
 from sparsekit.models.whole import LoadedModel
+from sparsekit.models.widths import narrow_block
 from sparsekit.plan import ReshapePlan
 from sparsekit.progress import Reporter, track
 from sparsekit.prune import checkpoint_tensors
@@ -68,7 +69,7 @@ def reshape_stage(
     """Decide what goes, and write the shards of all blocks that stay.
 
     Args:
-        model: The model as it is.
+        model: The model as it is; blocks that become narrow stay so in it.
         plan: What to do.
         samples: Calibration ids [samples, sequence_length]; None when the plan needs no data.
         staged: Where shards and journal lines go.
@@ -158,12 +159,13 @@ def _context(
 
 def _written(model: LazyModel, old: int, reshaped: Reshaped) -> dict[str, RawTensor]:
     """Return the tensors of an old block, with the linears that change as they are to be."""
-    changes = reshaped.linears(old)
-    if not changes:
+    changes, kept = reshaped.linears(old), reshaped.kept(old)
+    if not changes and kept.all:
         return checkpoint_tensors(model, old, {})
     model.load_block(old)
+    changed = narrow_block(model.module, model.stack, old, kept)
     linears = {linear.name: linear for linear in model.stack.linears(old)}
-    changed = {name for linear, new in changes.items() for name in _replace(linears[linear], new)}
+    changed |= {name for linear, new in changes.items() for name in _replace(linears[linear], new)}
     state = model.module.state_dict()
     tensors = checkpoint_tensors(model, old, model.to_checkpoint({name: state[name] for name in changed}))
     model.release_block(old)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.checkpoint.widths import Widths
+from sparsekit.contracts import Kept
 from sparsekit.errors import ModelError, UnsupportedFamily
 from sparsekit.lazy import torch
 from sparsekit.models.feeds import Feed, feeds
@@ -24,19 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _GROUPS = "num_key_value_heads"
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What of one block stays; None: all of it.
-
-    Attributes:
-        groups: Key-value groups, [kept] int64, ascending.
-        neurons: Inputs of the down projection, [kept] int64, ascending.
-    """
-
-    groups: Tensor | None = None
-    neurons: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +99,7 @@ def cuts(model: Any, stack: Stack, index: int, kept: Kept) -> tuple[Cut, ...]:
     return tuple(found)
 
 
-def narrow_block(model: Any, stack: Stack, index: int, kept: Kept) -> None:
+def narrow_block(model: Any, stack: Stack, index: int, kept: Kept) -> set[str]:
     """Remove all other groups and neurons of a block from its parameters, and correct the sizes its modules know.
 
     Args:
@@ -120,19 +108,22 @@ def narrow_block(model: Any, stack: Stack, index: int, kept: Kept) -> None:
         index: Number of the block.
         kept: Groups and neurons that stay.
 
+    Returns:
+        Names of the parameters that changed.
+
     Raises:
         UnsupportedFamily: As `cuts`.
     """
-    for cut in cuts(model, stack, index, kept):
-        _apply(cut)
+    changed = {name for cut in cuts(model, stack, index, kept) for name in _apply(cut)}
     if kept.groups is None:
-        return
+        return changed
     block = _Block.of(model, stack, index)
     groups, copies, _ = block.feeds[block.spec.attention.output].sets.shape
     # Some families view their outputs by these numbers, others infer them.
     for name, count in (("num_heads", groups * copies), ("num_attention_heads", groups * copies), (_GROUPS, groups)):
         if hasattr(block.attention, name):
             setattr(block.attention, name, count)
+    return changed
 
 
 def narrow(model: Any, stack: Stack, widths: Sequence[Widths]) -> None:
@@ -214,20 +205,22 @@ def _down(block: _Block) -> str:
     return found[0]
 
 
-def _apply(cut: Cut) -> None:
-    """Keep the rows and columns of a cut."""
+def _apply(cut: Cut) -> set[str]:
+    """Keep the rows and columns of a cut; return the names of the parameters that changed."""
     linear = cut.linear
+    changed = {linear.parameter_name}
     weight, bias = linear.weight(), linear.bias()
     if cut.rows is not None:
         weight = weight[cut.rows]
         if bias is not None:
-            linear.replace_bias(bias[cut.rows])
+            changed.add(linear.replace_bias(bias[cut.rows]))
     if cut.columns is not None:
         weight = weight[:, cut.columns]
     outputs, inputs = linear.replace(weight).shape
     names = ("nf", "nx") if linear.transposed else ("out_features", "in_features")
     for name, size in zip(names, (outputs, inputs), strict=True):
         setattr(linear.module, name, size)
+    return changed
 
 
 def _first(count: int, sets: Tensor, what: str, index: int) -> Tensor:

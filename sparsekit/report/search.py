@@ -43,7 +43,7 @@ def search_panels(report: Mapping[str, Any]) -> list[SearchPanel]:
     """Return a panel for every stage that searched."""
     return [
         *(
-            _panel("evopress", change["facts"], "random_search", change["method"])
+            _panel(_searched(change), change["facts"], "random_search", change["method"])
             for change in report.get("reshapes", ())
             if "fitness_by_generation" in change["facts"]
         ),
@@ -53,6 +53,11 @@ def search_panels(report: Mapping[str, Any]) -> list[SearchPanel]:
             if "fitness_by_generation" in stage["allocation"]
         ),
     ]
+
+
+def _searched(change: Mapping[str, Any]) -> str:
+    """Return what a reshape stage's search is called: as its method, or after the search that the method uses."""
+    return change["method"] if change["method"] in change["facts"]["divergence_from_dense"] else "evopress"
 
 
 def _panel(name: str, facts: Mapping[str, Mapping[str, float]], null: str, what: str) -> SearchPanel:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import Field
 
@@ -111,12 +111,17 @@ def build(database: LevelDatabase, context: AllocationContext) -> None:
             database.keep(linear, found)
 
 
+class Store(Protocol):
+    """Where the levels of linears are."""
+
+    def weight(self, linear: LinearInfo, dense: Tensor, level: int) -> Tensor:
+        """Return a linear at a level, [out, in] of the dtype of `dense`."""
+
+
 class LayerLandscape(DivergenceLandscape[Levels]):
     """Divergence of any choice of levels."""
 
-    def __init__(
-        self, linears: Sequence[LinearInfo], database: LevelDatabase, model: WholeModel, dense: Predictions
-    ) -> None:
+    def __init__(self, linears: Sequence[LinearInfo], database: Store, model: WholeModel, dense: Predictions) -> None:
         """Begin at the dense model, whose predictions are `dense`."""
         super().__init__(model, dense)
         self._linears = linears

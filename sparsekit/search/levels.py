@@ -156,12 +156,21 @@ class LevelDatabase:
             self._proven.add(linear.name)
         position = self.grid.highest[linear.name] - level
         if entry.facts["nested"]:
-            return zeroed(dense, _read(path, "number") > position)
+            return zeroed(dense, read_tensor(path, "number") > position)
         from sparsekit.pack.bits import place, unpack_mask  # imports numpy, which listing the methods does without
 
-        keep = unpack_mask(_read(path, f"keep.{position}"), linear.in_features)
-        values = _read(path, f"values.{position}")
+        keep = unpack_mask(read_tensor(path, f"keep.{position}"), linear.in_features)
+        values = read_tensor(path, f"values.{position}")
         return place(values.view(_bits(values.dtype)), keep).view(values.dtype).to(dense.dtype)
+
+    def keep(self, linear: LinearInfo, level: int) -> Tensor:
+        """Return the mask of a linear at a level that has one of its own, [out, in] bool."""
+        from sparsekit.pack.bits import unpack_mask  # imports numpy, which listing the methods does without
+
+        position = self.grid.highest[linear.name] - level
+        return unpack_mask(
+            read_tensor(self._path(self._journal.entries[linear.name]), f"keep.{position}"), linear.in_features
+        )
 
     def nbytes(self) -> int:
         """Return the size of all files."""
@@ -212,8 +221,8 @@ def _bits(dtype: torch.dtype) -> torch.dtype:
     return {2: torch.int16, 4: torch.int32}[dtype.itemsize]
 
 
-def _read(path: Path, name: str) -> Tensor:
-    """Return a tensor of a file, mapped."""
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Return a tensor of a safetensors file that is known to be sound."""
     raw = read_raw(path, read_header(path).tensors[name])
     dtype = torch_dtype(raw.dtype)
     assert dtype is not None  # noqa: S101  (the file is what `add` wrote)
