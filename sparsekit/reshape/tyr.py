@@ -56,7 +56,9 @@ _RECORD_BYTES = 1 << 24
 class TyrOptions(SearchOptions):
     """Options of `tyr`; those of a search are for each pass."""
 
-    sparsity: float = Field(default=0.3, gt=0, lt=1, description="share of the groups of heads and of the neurons")
+    drop: float = Field(
+        default=0.3, gt=0, lt=1, description="share of the groups of heads, and of the neurons, that go"
+    )
     parts: Literal["both", "heads", "neurons"] = Field(default="both", description="what goes")
     choose: Literal["tyr", "uniform"] = Field(default="tyr", description="uniform: as many in every block, no search")
     passes: int = Field(default=4, ge=1, description="searches, each around the last with half its step")
@@ -96,7 +98,7 @@ class Tyr(Reshaper[TyrOptions]):
     def check(self, anatomy: Anatomy) -> None:
         """Refuse families whose heads or neurons cannot go, and a sparsity that leaves a block none."""
         for kind in self._kinds(anatomy):
-            kind.uniform(self.options.sparsity)
+            kind.uniform(self.options.drop)
 
     def probes(self) -> Probes | None:
         """Return the part of the calibration text that choices are compared on, in each pass and as often at random."""
@@ -109,7 +111,7 @@ class Tyr(Reshaper[TyrOptions]):
     def plan(self, context: ReshapeContext) -> dict[str, JSON]:
         """Search; write what is left of the linears that read heads and neurons into files of the context's folder."""
         kinds = self._kinds(context.anatomy)
-        start = [kind.uniform(self.options.sparsity) for kind in kinds]
+        start = [kind.uniform(self.options.drop) for kind in kinds]
         last = self._search(context, kinds, start) if self.options.choose == "tyr" else self._uniform(kinds, start)
         plan: dict[str, JSON] = {}
         for kind, kept in zip(kinds, last.kept(kinds), strict=True):
@@ -174,7 +176,7 @@ class Tyr(Reshaper[TyrOptions]):
     def _grids(self, kinds: Sequence[Kind], kept: Sequence[Mapping[str, int]], number: int) -> tuple[Grid, ...]:
         """Return the levels of a pass around what the one before has found."""
         options = self.options
-        steps = [kind.step(options.sparsity, options.levels, number) for kind in kinds]
+        steps = [kind.step(options.drop, options.levels, number) for kind in kinds]
         return tuple(kind.grid(each, step, options.levels) for kind, each, step in zip(kinds, kept, steps, strict=True))
 
     def _search(self, context: ReshapeContext, kinds: Sequence[Kind], kept: list[dict[str, int]]) -> _Pass:
@@ -221,7 +223,8 @@ class Tyr(Reshaper[TyrOptions]):
             schedule = search.schedule(passed_seconds, 2 * options.passes)
             exchanges = Exchanges(kinds, grids, options.switches)
             start = (0,) * len(linears)
-            best, spent = search.evolve(start, exchanges.mutate, schedule, "the start")
+            uniform = before[0].record["uniform"] if before else search.fitness(start, schedule)
+            best, spent = search.evolve(start, exchanges.mutate, schedule, "uniform", uniform)
             record: dict[str, Any] = {
                 "generations": schedule.generations,
                 "samples": spent,
@@ -229,7 +232,7 @@ class Tyr(Reshaper[TyrOptions]):
                 "fitness": search.fitness(best, schedule),
             }
             if not before:
-                record["uniform"] = search.fitness(start, schedule)
+                record["uniform"] = uniform
                 record["random_search"] = search.random(exchanges.draw, schedule, spent * options.passes)[1]
             landscape.leave()
         return _Pass(grids, best, record)

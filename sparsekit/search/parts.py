@@ -66,7 +66,7 @@ class Kind:
         if not removed:
             raise PlanError(
                 f"{sparsity:g} of {numel // self.unit} times {self.multiple} {self.name} removes nothing",
-                hint="Raise the sparsity.",
+                hint="Let more go.",
             )
         same = {linear.name: 1.0 for linear in self.linears}
         gone = distribute(self.linears, same, removed, self.unit)
@@ -75,7 +75,7 @@ class Kind:
             raise PlanError(
                 f"{sparsity:g} of {numel // self.unit} times {self.multiple} {self.name} leaves none here",
                 where=empty[0],
-                hint="Lower the sparsity.",
+                hint="Let fewer go.",
             )
         return kept
 

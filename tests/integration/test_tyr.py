@@ -198,8 +198,8 @@ def test_files_that_changed_are_refused(tmp_path, monkeypatch):
         ("phi3", [], UnsupportedFamily, "queries, keys and values are one linear"),
         ("olmo2", [], UnsupportedFamily, "q_norm"),
         ("mixtral", ["stages.0.parts=neurons"], UnsupportedFamily, "experts"),
-        ("llama", ["stages.0.sparsity=0.95"], PlanError, "leaves none here"),
-        ("llama", ["stages.0.sparsity=0.01"], PlanError, "removes nothing"),
+        ("llama", ["stages.0.drop=0.95"], PlanError, "leaves none here"),
+        ("llama", ["stages.0.drop=0.01"], PlanError, "removes nothing"),
     ],
 )
 def test_refused_before_anything_is_read(family, sets, error, message, tmp_path):
