@@ -19,36 +19,42 @@ Numbers: 97 % of the dense accuracy at 50 % of Llama-3.1-70B (abstract).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from sparsekit import fs
+from sparsekit import fs, ranks
 from sparsekit.checkpoint import jsonio
 from sparsekit.checkpoint.jsonio import JSON
-from sparsekit.checkpoint.safetensors_file import encode
 from sparsekit.checkpoint.widths import Widths, config_entries
-from sparsekit.contracts import Anatomy, Kept, NewLinear, Probes, ReshapeContext, Reshaped, Reshaper, WholeModel
-from sparsekit.errors import ChecksumError, SparsekitError
+from sparsekit.contracts import (
+    Anatomy,
+    Kept,
+    NewLinear,
+    Probes,
+    ReshapeContext,
+    Reshaped,
+    Reshaper,
+    WholeModel,
+)
+from sparsekit.errors import ChecksumError
 from sparsekit.lazy import torch
-from sparsekit.models.raw import to_raw
 from sparsekit.models.structure import find_stack
 from sparsekit.models.widths import head_groups, neurons
 from sparsekit.search.conduct import Search
 from sparsekit.search.grid import Grid
 from sparsekit.search.landscape import Predictions, predictions
 from sparsekit.search.layers import LayerLandscape
-from sparsekit.search.levels import LevelDatabase, read_tensor
+from sparsekit.search.levels import read_tensor
 from sparsekit.search.options import SearchOptions
-from sparsekit.search.parts import Exchanges, Kind, Stores
+from sparsekit.search.part_levels import folder_of, identity_of, part_levels, write_chosen
+from sparsekit.search.parts import Exchanges, Kind
 from sparsekit.search.switches import Levels
 from sparsekit.search.verdict import verdict
-from sparsekit.stats.gram import Gram
-from sparsekit.units import bytes_text
 
 _RECORD_BYTES = 1 << 24
 
@@ -118,8 +124,9 @@ class Tyr(Reshaper[TyrOptions]):
             counts = {str(linear.block): kind.parts(linear, kept[linear.name]) for linear in kind.linears}
             context.facts[kind.name] = {block: float(count) for block, count in counts.items()}
             plan[kind.name] = dict(counts)
-        with self._levels(context, kinds, last.grids) as stores:
-            plan["files"] = _write_chosen(_folder(context) / "chosen", kinds, last.best, stores)
+        with part_levels(context, kinds, last.grids, self.options.damping) as stores:
+            chosen = folder_of(context) / "chosen"
+            plan["files"] = ranks.share(lambda: write_chosen(chosen, kinds, last.best, stores))
         return plan
 
     def apply(self, anatomy: Anatomy, plan: Mapping[str, JSON], folder: Path | None) -> Reshaped:
@@ -191,13 +198,16 @@ class Tyr(Reshaper[TyrOptions]):
             dense = predictions(model, self.options, context.reporter)
             for number in range(self.options.passes):
                 grids = self._grids(kinds, last.kept(kinds), number)
-                path = _folder(context) / f"pass-{number}.json"
-                identity = jsonio.digest(_identity(context, grids))
-                last = _finished(path, grids, identity) or self._pass(
-                    context, kinds, grids, model, dense, found, time.perf_counter() - began
-                )
-                fs.replace_file(path, jsonio.canonical({**last.record, "identity": identity, "best": list(last.best)}))
-                found.append(last)
+                path = folder_of(context) / f"pass-{number}.json"
+                identity = jsonio.digest(identity_of(context, grids))
+                done = ranks.share(partial(_finished, path, grids, identity))
+                if done is None:
+                    passed = time.perf_counter() - began
+                    done = self._pass(context, kinds, grids, model, dense, found, passed)
+                    record = {**done.record, "identity": identity, "best": list(done.best)}
+                    ranks.share(partial(fs.replace_file, path, jsonio.canonical(record)))
+                found.append(done)
+                last = done
         self._report(context, found)
         return last
 
@@ -216,10 +226,10 @@ class Tyr(Reshaper[TyrOptions]):
         if before:
             options = options.model_copy(update={"generations": before[0].record["generations"], "budget": None})
         linears = [linear for kind in kinds for linear in kind.linears]
-        with self._levels(context, kinds, grids) as stores:
+        with part_levels(context, kinds, grids, self.options.damping) as stores:
             landscape = LayerLandscape(linears, stores, model, dense)
-            speed, reporter, folder = dense.tokens_per_second, context.reporter, _folder(context)
-            search = Search(options, landscape, speed, reporter, self.seed, folder, _identity(context, grids))
+            speed, reporter, folder = dense.tokens_per_second, context.reporter, folder_of(context)
+            search = Search(options, landscape, speed, reporter, self.seed, folder, identity_of(context, grids))
             schedule = search.schedule(passed_seconds, 2 * options.passes)
             exchanges = Exchanges(kinds, grids, options.switches)
             start = (0,) * len(linears)
@@ -237,34 +247,6 @@ class Tyr(Reshaper[TyrOptions]):
             landscape.leave()
         return _Pass(grids, best, record)
 
-    @contextmanager
-    def _levels(self, context: ReshapeContext, kinds: Sequence[Kind], grids: Sequence[Grid]) -> Iterator[Stores]:
-        """Open the databases of some grids, and build what they lack; those of other grids go."""
-        place = _folder(context) / "levels"
-        dtype = context.anatomy.model.dtype
-        identity = {**context.identity, "grids": [_grid_identity(grid) for grid in grids]}
-        mine = place / jsonio.digest(identity)[:16]
-        for other in sorted(place.iterdir()) if place.is_dir() else ():
-            if other != mine:
-                fs.remove_tree(other)
-        with ExitStack() as stack:
-            opened = {
-                kind.name: stack.enter_context(LevelDatabase(mine / kind.name, identity, grid))
-                for kind, grid in zip(kinds, grids, strict=True)
-            }
-            missing = {kind.name: opened[kind.name].missing(kind.linears) for kind in kinds}
-            wanted = {linear.name: kind for kind in kinds for linear in missing[kind.name]}
-            if wanted:
-                size = sum(opened[n].expected_bytes(left, nested=False, dtype=dtype) for n, left in missing.items())
-                fs.require_space(mine, size, "the level database")
-                context.reporter.note(f"search: level database of {bytes_text(size)} in {mine}")
-                for linear, weight, stats in context.visit(self.needs):
-                    if (kind := wanted.get(linear.name)) is not None:
-                        gram = stats["gram"]
-                        assert isinstance(gram, Gram)  # noqa: S101  (what was asked for)
-                        kind.build(opened[kind.name], linear, weight, gram, self.options.damping, dtype)
-            yield Stores({linear.name: opened[kind.name] for kind in kinds for linear in kind.linears})
-
     def _report(self, context: ReshapeContext, passes: Sequence[_Pass]) -> None:
         """Say how the search went, and how it compares."""
         first, last = passes[0].record, passes[-1].record
@@ -281,23 +263,6 @@ class Tyr(Reshaper[TyrOptions]):
         context.reporter.note(f"search: {verdict('tyr', found)}")
 
 
-def _write_chosen(folder: Path, kinds: Sequence[Kind], best: Levels, stores: Stores) -> dict[str, JSON]:
-    """Write a file for each block with the parts and columns that stay; return the sha256 of each."""
-    fs.make_folder(folder)
-    written: dict[str, JSON] = {}
-    count = len(kinds[0].linears)
-    for place in range(count):
-        found: dict[str, torch.Tensor] = {}
-        for number, kind in enumerate(kinds):
-            linear, level = kind.linears[place], best[number * count + place]
-            keep, weight = stores.keep(linear, level), stores.weight(linear, torch.empty(0), level)
-            found |= {f"{kind.name}.kept": kind.kept(linear, keep), f"{kind.name}.weight": weight[:, keep[0]]}
-        block = str(kinds[0].linears[place].block)
-        data = encode({name: to_raw(each) for name, each in found.items()}, {})
-        written[block] = fs.replace_file(folder / f"{block}.safetensors", data).sha256
-    return written
-
-
 def _finished(path: Path, grids: tuple[Grid, ...], identity: str) -> _Pass | None:
     """Return a pass that an interrupted run has finished, None where there is none of these grids."""
     if not path.exists():
@@ -307,20 +272,6 @@ def _finished(path: Path, grids: tuple[Grid, ...], identity: str) -> _Pass | Non
         return None
     best: Any = record["best"]
     return _Pass(grids, tuple(best), {key: value for key, value in record.items() if key not in ("identity", "best")})
-
-
-def _identity(context: ReshapeContext, grids: Sequence[Grid]) -> dict[str, JSON]:
-    return {**context.identity, "grids": [_grid_identity(grid) for grid in grids]}
-
-
-def _grid_identity(grid: Grid) -> dict[str, JSON]:
-    return {"step": grid.step, "uniform": dict(grid.uniform)}
-
-
-def _folder(context: ReshapeContext) -> Path:
-    if context.folder is None:
-        raise SparsekitError("a search over widths needs a folder for its levels")
-    return context.folder
 
 
 def _mapping(value: JSON) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class LevelDatabase:
         values = read_tensor(path, f"values.{position}")
         return place(values.view(_bits(values.dtype)), keep).view(values.dtype).to(dense.dtype)
 
-    def keep(self, linear: LinearInfo, level: int) -> Tensor:
+    def mask(self, linear: LinearInfo, level: int) -> Tensor:
         """Return the mask of a linear at a level that has one of its own, [out, in] bool."""
         from sparsekit.pack.bits import unpack_mask  # imports numpy, which listing the methods does without
 

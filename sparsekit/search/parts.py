@@ -12,12 +12,11 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from sparsekit.budget import distribute, exact
-from sparsekit.contracts import LinearInfo, Pruned
+from sparsekit.contracts import Level, LinearInfo, Pruned
 from sparsekit.errors import PlanError
 from sparsekit.lazy import torch
-from sparsekit.pattern import Pattern, Unstructured
+from sparsekit.pattern import Pattern
 from sparsekit.search.grid import Grid
-from sparsekit.search.levels import LevelDatabase
 from sparsekit.search.switches import Levels, Switches
 from sparsekit.solve.factor import inverse_factor
 from sparsekit.solve.groups import remove_groups
@@ -90,34 +89,22 @@ class Kind:
         highest = {one.name: min(levels, (one.numel - kept[one.name]) // step) for one in self.linears}
         return Grid(step, dict(kept), lowest, highest)
 
-    def build(
-        self,
-        database: LevelDatabase,
-        linear: LinearInfo,
-        weight: Tensor,
-        gram: Gram,
-        damping: float,
-        dtype: torch.dtype,
-    ) -> None:
-        """Remove parts of a linear, dense `weight: [out, in]` float32, at all of its levels; keep them as `dtype`."""
-        grid = database.grid
+    def fit(self, linear: LinearInfo, weight: Tensor, gram: Gram, grid: Grid, damping: float) -> Level:
+        """Return a linear, dense `weight: [out, in]` float32, with parts removed, at all levels of a grid."""
         counts = [grid.count(linear.name, level) for level in grid.levels(linear.name)]  # densest first
         sets = self.sets[linear.name]
         removed = [len(sets) - self.parts(linear, count) for count in counts]
-        factor = inverse_factor(gram.matrix, damping)
-        found = dict(
-            zip(counts, remove_groups(weight, gram.matrix, factor, sets, removed, rounds=self.rounds), strict=True)
-        )
+        factor = gram.once(inverse_factor, damping)
+        reduced = remove_groups(weight, gram.matrix, factor, sets, removed, rounds=self.rounds)
+        found = dict(zip(counts, reduced, strict=True))
 
         def at(_: Pattern, count: int) -> Pruned:
-            reduced = found[count]
-            keep = torch.zeros(weight.shape, dtype=torch.bool)
-            keep[:, reduced.channels] = True
-            whole = torch.zeros_like(weight)
-            whole[:, reduced.channels] = reduced.weight
+            keep, whole = torch.zeros(weight.shape, dtype=torch.bool), torch.zeros_like(weight)
+            keep[:, found[count].channels] = True
+            whole[:, found[count].channels] = found[count].weight
             return Pruned(whole, keep)
 
-        database.add(linear, weight, at, Unstructured(), nested=False, dtype=dtype)
+        return at
 
     def kept(self, linear: LinearInfo, keep: Tensor) -> Tensor:
         """Return the parts that a mask [out, in] keeps, ascending."""
@@ -155,18 +142,3 @@ class Exchanges:
         for first, last, switches in self._ranges:
             levels[first:last] = switches.draw(random)
         return tuple(levels)
-
-
-@dataclass(frozen=True)
-class Stores:
-    """Databases of several kinds, looked up by the name of the linear."""
-
-    databases: Mapping[str, LevelDatabase]
-
-    def weight(self, linear: LinearInfo, dense: Tensor, level: int) -> Tensor:
-        """Return a linear at a level, [out, in] of the dtype of `dense`."""
-        return self.databases[linear.name].weight(linear, dense, level)
-
-    def keep(self, linear: LinearInfo, level: int) -> Tensor:
-        """Return the mask of a linear at a level, [out, in] bool."""
-        return self.databases[linear.name].keep(linear, level)

@@ -100,6 +100,14 @@ stages:
      sequence_length: 32, tokens: [32, 64]}
   - {stage: prune, method: wanda, sparsity: 0.5}
 """
+NARROWED = """
+sparsekit: 1
+name: narrowed
+description: heads and neurons go
+stages:
+  - {stage: reshape, method: tyr, drop: 0.5, generations: 2, passes: 2, offspring: 3, samples: 5,
+     sequence_length: 32, tokens: [32, 64]}
+"""
 CASES = {
     "wanda": ("llama", "wanda-50", FIVE),
     "gradients": ("llama", "mfac-50", settings("stages.0.samples=3", "stages.0.sequence_length=32")),
@@ -108,11 +116,12 @@ CASES = {
     "fewer samples than ranks": ("qwen3_moe", "owl-wanda-60", settings("calibration.samples=2")),
     "losses": ("llama", LOSSES, FIVE),
     "layers dropped": ("llama", DROPPED, FIVE),
+    "narrowed": ("llama", NARROWED, FIVE),
     "two stages and a null": ("llama", TWO_STAGES, [*FIVE, "--nulls", "random"]),
 }
 
 
-@pytest.mark.parametrize(("case", "size"), zip(CASES, [2, 3, 2, 2, 3, 2, 2, 2], strict=True))
+@pytest.mark.parametrize(("case", "size"), zip(CASES, [2, 3, 2, 2, 3, 2, 2, 2, 2], strict=True))
 def test_any_number_of_ranks_makes_the_same_checkpoint(case, size, nursery, models, tmp_path):
     family, recipe, more = CASES[case]
     if "stages" in recipe:

@@ -164,7 +164,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(point, llama, tmp_path, monke
         monkeypatch.setattr(target, name, wrapped)
 
     if point == "last files":
-        stop_after(0, module, "_write_chosen")
+        stop_after(0, module, "write_chosen")
     else:
         stop_after(3 if point == "first search" else 9, SavedSearch, "add")
     with pytest.raises(KeyboardInterrupt):
@@ -177,7 +177,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(point, llama, tmp_path, monke
 
 def test_files_that_changed_are_refused(tmp_path, monkeypatch):
     folder = save("llama", tmp_path / "model", num_key_value_heads=4)
-    original = module._write_chosen
+    original = module.write_chosen
 
     def damaged(place, *rest):
         written = original(place, *rest)
@@ -187,7 +187,7 @@ def test_files_that_changed_are_refused(tmp_path, monkeypatch):
         path.write_bytes(data)
         return written
 
-    monkeypatch.setattr(module, "_write_chosen", damaged)
+    monkeypatch.setattr(module, "write_chosen", damaged)
     with pytest.raises(ChecksumError, match=r"2\.safetensors: not what was written"):
         reshape(folder, tmp_path / "out")
 
