@@ -153,6 +153,16 @@ def together() -> Iterator[None]:
         raise first
 
 
+def one_first(make: Callable[[], Result]) -> Result:
+    """Return what `make` returns on each rank; the first calls it before the others, which find what it has cached."""
+    found: list[Result] = []
+    for is_first in (True, False):
+        with together():
+            if (_here.rank == 0) == is_first:
+                found.append(make())
+    return found[0]
+
+
 def portion(count: int) -> slice:
     """Return this rank's share of `count` things: consecutive, the first ranks have one more."""
     rank, size = _here.rank, _here.size

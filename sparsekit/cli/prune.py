@@ -79,7 +79,9 @@ def prune(
     from sparsekit.run import execute
 
     with render.reporter(quiet=quiet or ranks.here().rank > 0) as reporter:
-        source = open_model(model, reporter, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+        source = ranks.one_first(
+            lambda: open_model(model, reporter, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+        )
         prepared = prepare(chosen, source)
         out = out or default_out(chosen, source)
         if dry_run:

@@ -20,7 +20,7 @@ SEARCH = settings(
     "stages.0.allocate.sequence_length=32",
     "stages.0.allocate.tokens=[32,64]",
     "stages.0.allocate.offspring=5",
-    "stages.0.allocate.generations=6",
+    "stages.0.allocate.generations=4",
 )
 ON_RANK = """
 import os, signal
