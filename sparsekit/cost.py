@@ -60,7 +60,8 @@ def estimate(
     hidden = int(getattr(model.module.config, "hidden_size", 0) or 0)
     copies = 16 + 8 * any(plan.pruner.permutes for plan in plans)  # bytes a weight
     memory = BASE_MEMORY_BYTES + largest_block * (item + 1) + solved * copies
-    memory += max((_statistics_bytes(plan) + _factor_bytes(plan) for plan in plans), default=0)
+    reshape = max(map(_reshape_bytes, reshapes), default=0)
+    memory += max([reshape, *(_statistics_bytes(plan) + _factor_bytes(plan) for plan in plans)])
     if tokens:
         memory += max(tokens * hidden * item + largest_block * item, outer)
     gradients = max((_gradient_bytes(model, plan) for plan in plans), default=0)
@@ -68,7 +69,7 @@ def estimate(
     wholes = [_whole_bytes(model, plan.allocator.probes(), plan.targets) for plan in plans]
     whole = max([*wholes, *(_whole_bytes(model, plan.reshaper.probes(), ()) for plan in reshapes)])
     return Cost(
-        memory_bytes=max(memory, BASE_MEMORY_BYTES + whole),
+        memory_bytes=max(memory, BASE_MEMORY_BYTES + whole + reshape),  # the model is asked between two walks
         disk_bytes=model.weights.total_bytes + (16 << 20),
         seconds=_forward_seconds(model, plans, reshapes, tokens, sequence_length) if tokens else None,
         tokens=tokens,
@@ -119,13 +120,13 @@ def _gradient_bytes(model: LazyModel, plan: StagePlan) -> int:
     return 4 * (states + max(block + kept, behind))
 
 
-def _inputs(plan: StagePlan) -> list[list[int]]:
+def _inputs(linears: Sequence[LinearInfo]) -> list[list[int]]:
     """Return for each block the widths of its linears' inputs, shared ones once.
 
     Linears of one module and one width are taken to share their input, all but the last.
     """
     blocks: dict[int, dict[tuple[str, int], int]] = {}
-    for linear in plan.targets:
+    for linear in linears:
         inputs = blocks.setdefault(linear.block, {})
         key = (linear.name.rpartition(".")[0], linear.in_features)
         inputs[key] = min(inputs.get(key, 0) + 1, 2)
@@ -139,8 +140,20 @@ def _statistics_bytes(plan: StagePlan) -> int:
         for needs in (plan.needs, plan.allocator.needs and plan.allocator.needs | plan.pruner.needs)
     ]
     return max(
-        sum(kind.nbytes(width) for width in widths for kind in kinds) for widths in _inputs(plan) for kinds in kinds_of
+        sum(kind.nbytes(width) for width in widths for kind in kinds)
+        for widths in _inputs(plan.targets)
+        for kinds in kinds_of
     )
+
+
+def _reshape_bytes(plan: ReshapePlan) -> int:
+    """Return the memory of the largest block's gram matrices, and of solving with the largest one; 0 without any."""
+    if "gram" not in plan.reshaper.needs:
+        return 0
+    nbytes = registry.load("stats", "gram").nbytes
+    inputs = _inputs(plan.anatomy.linears)
+    summed: int = max(sum(map(nbytes, widths)) for widths in inputs)
+    return summed + FACTOR_COPIES * int(nbytes(max(map(max, inputs))))
 
 
 def _factor_bytes(plan: StagePlan) -> int:
@@ -148,7 +161,7 @@ def _factor_bytes(plan: StagePlan) -> int:
     if "gram" not in plan.needs:
         return 0
     nbytes = registry.load("stats", "gram").nbytes
-    largest: int = max(sum(map(nbytes, heapq.nlargest(SOLVED_AT_ONCE, widths))) for widths in _inputs(plan))
+    largest: int = max(sum(map(nbytes, heapq.nlargest(SOLVED_AT_ONCE, widths))) for widths in _inputs(plan.targets))
     return FACTOR_COPIES * largest
 
 
