@@ -2,8 +2,8 @@
 
 What it does: sums cos(x_t, y_t) over all calibration tokens, x_t the hidden state of token t that enters a block and
     y_t the one that leaves it. One minus the mean is the block's influence.
-Source: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", arXiv
-    2403.03853, eq. 1.
+Source: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+    arXiv 2403.03853, eq. 1.
 Shapes: x [2, tokens, hidden]: in front of the block, behind it -> one number.
 Cost: 6 operations per value.
 Deviations: none.
