@@ -215,6 +215,10 @@ class WholeModel(ABC):
         """Give a linear `weight: [out, in]` until it is replaced again."""
 
     @abstractmethod
+    def tokens(self, sample: int) -> Tensor:
+        """Return the ids of a sample, [sequence_length]."""
+
+    @abstractmethod
     def logits(self, sample: int) -> Tensor:
         """Return what the model as it is now predicts, [sequence_length, vocabulary]; threads may ask side by side."""
 

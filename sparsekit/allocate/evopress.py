@@ -86,14 +86,15 @@ class Evopress(Allocator[EvopressOptions]):
             known |= {name: search.choice(counts) for name, counts in nulls.items()}
             found = {name: search.fitness(choice, schedule) for name, choice in known.items()}
             first = min(found, key=lambda name: found[name]) if self.options.start == "best" else "uniform"
-            context.reporter.note(f"search: begins at {first}, KL {found[first]:.4f} (uniform {found['uniform']:.4f})")
+            told = f"{self.options.measure} {found[first]:.4f} (uniform {found['uniform']:.4f})"
+            context.reporter.note(f"search: begins at {first}, {told}")
             best, spent = search.evolve(known[first], mutation.mutate, schedule, "uniform", found["uniform"])
             found["evopress"] = search.fitness(best, schedule)
             if "random_search" in self.options.nulls:
                 found["random_search"] = search.random(mutation.draw, schedule, spent)[1]
         context.facts["level"] = {name: float(level) for name, level in zip(search.names, best, strict=True)}
         context.facts["fitness_by_generation"] = search.history
-        context.facts["divergence_from_dense"] = found
+        context.facts["fitness"] = found
         context.reporter.note(f"search: {verdict('evopress', found)}")
         context.facts["generations"] = {"all": float(schedule.generations)}
         context.facts["tokens_searched"] = {"all": float(spent * self.options.sequence_length)}

@@ -45,6 +45,6 @@ class RandomSearch(Allocator[RandomSearchOptions]):
             draw = Switches(grid, context.linears).draw
             best, fitness = search.random(draw, schedule, samples)
         context.facts["level"] = {name: float(level) for name, level in zip(search.names, best, strict=True)}
-        context.facts["divergence_from_dense"] = {"random_search": fitness}
+        context.facts["fitness"] = {"random_search": fitness}
         context.facts["tokens_searched"] = {"all": float(samples * self.options.sequence_length)}
         return search.counts(best)

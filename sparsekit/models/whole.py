@@ -59,6 +59,10 @@ class LoadedModel(WholeModel):
             raise SparsekitError("a weight was replaced after losses of single linears were asked for")
         self._linears[linear.name].replace(weight)
 
+    def tokens(self, sample: int) -> Tensor:
+        """Return the ids of a sample, [sequence_length]."""
+        return self._ids[sample]
+
     def logits(self, sample: int) -> Tensor:
         """Return what the model as it is now predicts, [sequence_length, vocabulary]."""
         with torch.no_grad():

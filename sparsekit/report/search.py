@@ -1,4 +1,4 @@
-"""What a search over layers found: fitness over generations, and the divergence of what it is compared with."""
+"""What a search over layers found: fitness over generations, and that of what it is compared with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SearchPanel:
 
     Attributes:
         name: The allocator.
-        header, rows: Divergence of its result and of every null, and how far each is below uniform.
+        header, rows: Fitness of its result and of every null, and how far each is below one of them.
         verdict: What that means, in a sentence.
         height: Of the curve, in SVG units of `charts.WIDTH`.
         line: Best fitness by generation, points of a polyline; it falls in steps.
@@ -57,12 +57,12 @@ def search_panels(report: Mapping[str, Any]) -> list[SearchPanel]:
 
 def _searched(change: Mapping[str, Any]) -> str:
     """Return what a reshape stage's search is called: as its method, or after the search that the method uses."""
-    return change["method"] if change["method"] in change["facts"]["divergence_from_dense"] else "evopress"
+    return change["method"] if change["method"] in change["facts"]["fitness"] else "evopress"
 
 
 def _panel(name: str, facts: Mapping[str, Mapping[str, float]], null: str, what: str) -> SearchPanel:
     """Return the panel of search `name` with what its results are below `null`, for a table of `what`."""
-    found = {key: float(value) for key, value in facts["divergence_from_dense"].items()}
+    found = {key: float(value) for key, value in facts["fitness"].items()}
     history = sorted((int(key), float(value)) for key, value in facts["fitness_by_generation"].items())
     base = found.get(null)
     rows = [
@@ -85,7 +85,7 @@ def _panel(name: str, facts: Mapping[str, Mapping[str, float]], null: str, what:
     every = max(-(-last // _MARKS), 1)
     return SearchPanel(
         name,
-        [what.replace("_", " "), "divergence", f"below {null.replace('_', ' ')}"],
+        [what.replace("_", " "), "fitness", f"below {null.replace('_', ' ')}"],
         rows,
         verdict(name, found),
         LINE_HEIGHT + 34,

@@ -170,7 +170,7 @@ class LayerDrop(Reshaper[LayerDropOptions]):
             }
             landscape.leave()
         context.facts["fitness_by_generation"] = search.history
-        context.facts["divergence_from_dense"] = found
+        context.facts["fitness"] = found
         context.facts["generations"] = {"all": float(schedule.generations)}
         context.facts["tokens_searched"] = {"all": float(spent * self.options.sequence_length)}
         context.reporter.note(f"search: {verdict('evopress', found)}")

@@ -257,7 +257,7 @@ class Tyr(Reshaper[TyrOptions]):
         found = {"tyr": last["fitness"], "uniform": first["uniform"], "random_search": first["random_search"]}
         spent = sum(each.record["samples"] for each in passes)
         context.facts["fitness_by_generation"] = history
-        context.facts["divergence_from_dense"] = found
+        context.facts["fitness"] = found
         context.facts["generations"] = {"all": float(first["generations"] * len(passes))}
         context.facts["tokens_searched"] = {"all": float(spent * self.options.sequence_length)}
         context.reporter.note(f"search: {verdict('tyr', found)}")

@@ -82,7 +82,7 @@ class Search:
             if found is not begun:
                 self._saved.add(found)
             gain = 1 - found.fitness / base if base else 0.0
-            reporter.tell(task, f"KL {found.fitness:.4f}, {gain:.1%} below {null}")
+            reporter.tell(task, f"{self.options.measure} {found.fitness:.4f}, {gain:.1%} below {null}")
             if found.number > done:
                 reporter.advance(task, found.number - done)
                 done = found.number

@@ -22,7 +22,7 @@ _VALUES = 1 << 20  # logits in float32 at a time: few enough to stay in the proc
 
 @dataclass(frozen=True)
 class Reference:
-    """What the dense model predicts at each position.
+    """What should be predicted at each position, such as what the dense model predicts.
 
     Attributes:
         tokens: The k likeliest, [positions, k] int32.
@@ -46,6 +46,15 @@ def reference(logits: Tensor, top: int) -> Reference:
         log_p.append(kept)
         tails.append(_rest(kept.float()) if kept.shape[1] < log.shape[1] else torch.full((len(log),), -torch.inf))
     return Reference(torch.cat(tokens), torch.cat(log_p), torch.cat(tails))
+
+
+def text_reference(ids: Tensor) -> Reference:
+    """Return the text `ids: [tokens]` as what should be predicted at each position, the last left out.
+
+    The divergence from it is the mean loss on the text, the logarithm of its perplexity.
+    """
+    targets = ids[1:, None].int()
+    return Reference(targets, torch.zeros(targets.shape, dtype=torch.float16), torch.full((len(targets),), -torch.inf))
 
 
 def divergence(dense: Reference, logits: Tensor) -> float:

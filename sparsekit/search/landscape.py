@@ -1,4 +1,4 @@
-"""Measuring changed models by how far their predictions are from the dense model's."""
+"""Measuring changed models by how far their predictions are from the dense model's, or from the text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsekit.contracts import WholeModel
 from sparsekit.errors import NonFinite
 from sparsekit.lanes import side_by_side
 from sparsekit.progress import Reporter
-from sparsekit.search.divergence import Reference, divergence, reference
+from sparsekit.search.divergence import Reference, divergence, reference, text_reference
 from sparsekit.search.options import SearchOptions
 
 State = TypeVar("State")
@@ -23,14 +23,17 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the dense model predicts on every sample of the pool, and how fast it did (tokens per second)."""
+    """What states are compared with on every sample of the pool, and how fast a model predicts (tokens per second)."""
 
     samples: tuple[Reference, ...]
     tokens_per_second: float
 
 
 def predictions(model: WholeModel, options: SearchOptions, reporter: Reporter) -> Predictions:
-    """Run the model, which is still dense, on the pool; of several ranks each runs it on a part."""
+    """Run the model, which is still dense, on the pool; of several ranks each runs it on a part.
+
+    Where the text itself is the measure only the speed is of use.
+    """
     task = "search: predictions of the dense model"
     start = time.perf_counter()
     own = range(options.samples)[ranks.portion(options.samples)]
@@ -38,7 +41,7 @@ def predictions(model: WholeModel, options: SearchOptions, reporter: Reporter) -
     def predict(sample: int) -> Reference:
         found = reference(model.logits(sample)[:-1], options.top)
         reporter.advance(task)
-        return found
+        return text_reference(model.tokens(sample)) if options.fitness == "perplexity" else found
 
     reporter.start(task, len(own), "samples")
     found = ranks.spread(range(options.samples), predict)
@@ -48,7 +51,7 @@ def predictions(model: WholeModel, options: SearchOptions, reporter: Reporter) -
 
 
 class DivergenceLandscape(ABC, Generic[State]):
-    """Mean divergence from the dense model; a subclass says how the model becomes a state."""
+    """Mean divergence from what should be predicted; a subclass says how the model becomes a state."""
 
     def __init__(self, model: WholeModel, dense: Predictions) -> None:
         """Begin at the dense model."""

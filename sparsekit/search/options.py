@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,6 +25,10 @@ class SearchOptions(MethodOptions):
     )
     samples: int = Field(default=64, ge=1, description="calibration samples that tokens are drawn from")
     sequence_length: int = Field(default=512, ge=8, description="tokens of each sample")
+    fitness: Literal["kl", "perplexity"] = Field(
+        default="kl",
+        description="what is compared: divergence from the dense model's predictions, or loss on the text itself",
+    )
     top: int = Field(default=512, ge=1, description="likeliest tokens of the dense model that are compared")
 
     @field_validator("budget")
@@ -46,6 +50,11 @@ class SearchOptions(MethodOptions):
         except SparsekitError as error:
             raise ValueError(str(error)) from None
         return self
+
+    @property
+    def measure(self) -> str:
+        """What fitness is, in a word."""
+        return "KL" if self.fitness == "kl" else "loss"
 
     def schedule(self) -> Schedule:
         """Return the stages in samples."""

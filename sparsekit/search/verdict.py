@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 
 def verdict(name: str, found: Mapping[str, float]) -> str:
-    """Return in a sentence what the divergences of a search and its nulls say, worst news first."""
+    """Return in a sentence what the fitness of a search and its nulls says, worst news first."""
     own = found[name]
     named = {null.replace("_", " "): value for null, value in found.items() if null != name}
     better = [null for null, value in named.items() if value <= own]
     if better:
-        return f"{name} is NOT better than {' and '.join(better)} here, which comes as close to the dense model."
+        return f"{name} is NOT better than {' and '.join(better)} here."
     gains = [f"{1 - own / value:.1%} below {null}" for null, value in named.items()]
-    return f"The divergence that {name} found is {', '.join(gains)}." if gains else f"{name} was compared with nothing."
+    return f"The fitness that {name} found is {', '.join(gains)}." if gains else f"{name} was compared with nothing."

@@ -162,10 +162,10 @@ def test_a_search_reports_its_nulls_and_repeats(idle, tmp_path):
     found = [drop(idle, tmp_path / name, recipe="evodrop-25").report["reshapes"][0] for name in ("one", "two")]
     assert found[0]["plan"] == found[1]["plan"]
     facts = found[0]["facts"]
-    assert set(facts["divergence_from_dense"]) == {"evopress", "shortgpt", "random_search"}
+    assert set(facts["fitness"]) == {"evopress", "shortgpt", "random_search"}
     history = list(facts["fitness_by_generation"].values())
     assert history == sorted(history, reverse=True)
-    assert history[-1] == pytest.approx(facts["divergence_from_dense"]["evopress"])
+    assert history[-1] == pytest.approx(facts["fitness"]["evopress"])
     page = (tmp_path / "one/report.html").read_text()
     assert "What is left of the blocks" in page
     assert "Search: evopress" in page

@@ -88,15 +88,15 @@ def test_counts_are_exact(family, pattern, tmp_path):
 def test_the_report_holds_the_search_and_its_nulls(whole):
     out, stage = whole
     facts = stage["allocation"]
-    assert set(facts["divergence_from_dense"]) == {"evopress", "uniform", "owl", "dp", "random_search"}
+    assert set(facts["fitness"]) == {"evopress", "uniform", "owl", "dp", "random_search"}
     history = [value for _, value in sorted((int(k), v) for k, v in facts["fitness_by_generation"].items())]
     assert history == sorted(history, reverse=True)
-    assert facts["divergence_from_dense"]["evopress"] == pytest.approx(history[-1])
-    start = min(facts["divergence_from_dense"][name] for name in ("uniform", "owl", "dp"))
+    assert facts["fitness"]["evopress"] == pytest.approx(history[-1])
+    start = min(facts["fitness"][name] for name in ("uniform", "owl", "dp"))
     assert start == pytest.approx(history[0])
     # the fixed samples for the start, then 4 x 1 and 1 x 2 samples of 32 tokens in each of 6 generations
     assert facts["tokens_searched"]["all"] == (2 + 6 * (4 + 2)) * 32
-    assert "Best divergence by generation" in (out / "report.html").read_text(encoding="utf-8")
+    assert "Best fitness by generation" in (out / "report.html").read_text(encoding="utf-8")
     assert "evopress" in (out / "README.md").read_text(encoding="utf-8")
 
 
@@ -108,12 +108,22 @@ def test_what_was_measured_is_gone_after_the_run(whole):
 def test_a_pruner_that_moves_weights_is_searched_too(llama, tmp_path):
     stage = prune(llama, tmp_path / "out", "stages.0.allocate.nulls=[]", recipe="evopress-sparsegpt-70")
     assert stage["kept"] == round(0.3 * stage["numel"])
-    assert set(stage["allocation"]["divergence_from_dense"]) == {"evopress", "uniform"}
+    assert set(stage["allocation"]["fitness"]) == {"evopress", "uniform"}
+
+
+def test_perplexity_of_the_text_can_be_the_fitness(llama, tmp_path):
+    sets = ["stages.0.allocate.fitness=perplexity", "stages.0.allocate.nulls=[]"]
+    facts = prune(llama, tmp_path / "out", *sets)["allocation"]
+    history = list(facts["fitness_by_generation"].values())
+    assert history == sorted(history, reverse=True)
+    assert history[0] == pytest.approx(facts["fitness"]["uniform"])
+    # of a random model about that of a guess: never as small as a divergence from it
+    assert 3 < facts["fitness"]["evopress"] < 12
 
 
 def test_the_published_start_is_uniform(llama, tmp_path):
     facts = prune(llama, tmp_path / "out", "stages.0.allocate.start=uniform")["allocation"]
-    assert facts["divergence_from_dense"]["uniform"] == pytest.approx(facts["fitness_by_generation"]["0"])
+    assert facts["fitness"]["uniform"] == pytest.approx(facts["fitness_by_generation"]["0"])
 
 
 @pytest.mark.parametrize("stopped", [0, 3])

@@ -96,7 +96,7 @@ def test_what_is_kept_is_a_part_of_the_dense_model_with_a_better_reader(llama):
 
 def test_the_search_never_ends_above_uniform_and_says_what_it_did(llama):
     facts = llama[1].report["reshapes"][0]["facts"]
-    found = facts["divergence_from_dense"]
+    found = facts["fitness"]
     assert set(found) == {"tyr", "uniform", "random_search"}
     assert found["tyr"] <= found["uniform"]
     assert facts["generations"]["all"] == 10

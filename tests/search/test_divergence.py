@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsekit.search.divergence import divergence, reference
+from sparsekit.search.divergence import divergence, reference, text_reference
 
 
 def logits(seed, positions=300, vocabulary=1000, scale=3.0):
@@ -58,3 +58,10 @@ def test_it_keeps_a_few_bytes_per_position():
     kept = reference(logits(0, vocabulary=2000), 512)
     total = sum(part.numel() * part.element_size() for part in (kept.tokens, kept.log_p, kept.log_tail))
     assert total == 300 * (512 * 6 + 4)
+
+
+def test_from_the_text_it_is_the_loss():
+    ids = torch.randint(0, 1000, (301,), generator=torch.Generator().manual_seed(2))
+    q = logits(1)
+    wanted = torch.nn.functional.cross_entropy(q, ids[1:])
+    assert divergence(text_reference(ids), q) == pytest.approx(float(wanted), rel=1e-5)
