@@ -276,3 +276,16 @@ def test_a_block_that_would_be_of_another_kind_is_refused():
     scaled = tiny.build("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(UnsupportedFamily, match="scales attention by the number"):
         require_same_blocks(scaled, with_blocks(scaled.config, [0, 2]), [0, 2])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen2", "cohere2", "gpt_oss"])
+def test_lists_with_an_entry_for_each_block_are_cut(family):
+    model = tiny.build(family, num_hidden_layers=6, **({"max_window_layers": 2} if family == "qwen2" else {}))
+    types = model.config.layer_types
+    without_one = [[block for block in range(6) if block != gone] for gone in range(6)]
+    kept = next(blocks for blocks in without_one if [types[block] for block in blocks] != types[:5])
+    changes = with_blocks(model.config, kept)
+    assert changes["layer_types"] == [types[block] for block in kept]
+    require_same_blocks(model, changes, kept)
+    with pytest.raises(UnsupportedFamily, match="is .*, not "):
+        require_same_blocks(model, {**changes, "layer_types": types[:5]}, kept)
