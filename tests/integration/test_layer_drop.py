@@ -287,5 +287,5 @@ def test_lists_with_an_entry_for_each_block_are_cut(family):
     changes = with_blocks(model.config, kept)
     assert changes["layer_types"] == [types[block] for block in kept]
     require_same_blocks(model, changes, kept)
-    with pytest.raises(UnsupportedFamily, match="is .*, not "):
+    with pytest.raises(UnsupportedFamily, match=r"is .*, not "):
         require_same_blocks(model, {**changes, "layer_types": types[:5]}, kept)
