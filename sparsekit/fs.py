@@ -4,7 +4,7 @@ Each operating-system call that changes the disk goes through `FS`. Tests put an
 that counts, fails, tears a write or forgets what was not fsynced, so that "a fault at every call" is a loop.
 
 A file is written as: create (it must not exist), write everything, fsync, close; a name is durable once its
-folder is fsynced too. Errors are typed and name the path.
+folder is fsynced too. Errors are typed and name the path. The file is long because no other module may write.
 """
 
 from __future__ import annotations
