@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.checkpoint.safetensors_file import read_header
+from sparsekit.checkpoint.shapes import config_entries
 from sparsekit.checkpoint.source import INDEX, PACKED_INDEX, PACKED_STEM
 from sparsekit.checkpoint.staging import StagedCheckpoint
-from sparsekit.checkpoint.widths import config_entries, widths_after
 from sparsekit.prepared import Prepared
-from sparsekit.prune import checkpoint_tensors
+from sparsekit.prune import OUTER, checkpoint_tensors
 from sparsekit.recipe.load import dump_yaml
-
-OUTER = "outer"
-"""Journal key of the shard with embeddings, final norm and head."""
 
 # Weights and what only describes them, and what a run writes anew; everything else of a model folder goes along.
 _NOT_SIDE_FILES = (
@@ -70,7 +67,7 @@ def shard_name(block: int, blocks: int, ours: bool) -> str:
 def _loading(prepared: Prepared) -> dict[str, Any]:
     """Return what config.json says of weights that plain transformers cannot load; nothing for plain ones."""
     pattern = prepared.recipe.prunes[-1].pattern if is_packed(prepared) else None
-    return config_entries(pattern=pattern, widths=widths_after(prepared.model.widths, prepared.config))
+    return config_entries(prepared.shapes, pattern)
 
 
 def _index(folder: Path) -> bytes:

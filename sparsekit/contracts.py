@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from sparsekit.checkpoint.jsonio import JSON
+from sparsekit.checkpoint.shapes import PLAIN, Shapes
 from sparsekit.pattern import NM, Pattern
 from sparsekit.progress import Reporter, Silent
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from sparsekit.models.linears import Linear
 
 
 class MethodOptions(BaseModel):
@@ -282,12 +285,49 @@ class Anatomy:
         blocks: Number of decoder blocks.
         linears: All linears of the blocks, in the order of the model.
         prefix: Dotted name of the list of blocks, such as `model.layers`.
+        shapes: In what its shapes differ from those of its configuration.
     """
 
     model: Any
     blocks: int
     linears: Sequence[LinearInfo]
     prefix: str
+    shapes: Shapes = PLAIN
+
+
+class OpenBlock(ABC):
+    """A block that a walk has loaded. What is changed in it, or in what enters it, is what later blocks see.
+
+    Attributes:
+        index: Its number.
+        block: The module; its parameters may be replaced.
+        linears: Its linears.
+    """
+
+    index: int
+    block: nn.Module
+    linears: list[Linear]
+
+    @abstractmethod
+    def collect(self, linears: Collection[Linear], needs: frozenset[str]) -> dict[str, dict[str, Stat]]:
+        """Run the block on all samples; return {linear name: {statistic name: statistic}} of the linears' inputs."""
+
+    @abstractmethod
+    def observe(self, paths: Collection[str], name: str) -> dict[str, Stat]:
+        """Run the block on all samples; return the statistic `name` of what enters each of these modules.
+
+        Args:
+            paths: Relative to the block; the empty one stands for what leaves the block.
+            name: Of the statistic.
+        """
+
+    @abstractmethod
+    def inputs(self, name: str) -> Stat:
+        """Return the statistic `name` of the hidden states in front of the block."""
+
+    @abstractmethod
+    def map_inputs(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace the hidden states in front of the block, [..., tokens, hidden] of each sample, by what it returns."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +339,8 @@ class ReshapeContext:
     """Walk the dense model once: (linear, its weight [out, in] float32, the statistics asked for)."""
     flows: Callable[[str], list[Stat]]
     """Walk the dense model once and return a statistic of the hidden states around each block."""
+    blocks: Callable[[], Iterator[OpenBlock]]
+    """Walk the model once; each block sees what was made of those before it. The files stay as they are."""
     whole: Callable[[], AbstractContextManager[WholeModel]]
     """Load the whole model with the samples of `Reshaper.probes`."""
     facts: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -347,15 +389,20 @@ class Reshaped:
     Attributes:
         blocks: Old blocks in their new order.
         config: Keys of config.json that change, with their new values.
+        shapes: In what its shapes differ from those of its configuration; None: as before, for the blocks that stay.
         linears: Called with an old block's number: its linears that change, by name, as they are to be.
         kept: Called with an old block's number: its groups of heads and neurons that stay. All linears that lose rows
             or columns with the others are cut, before those of `linears` are replaced.
+        tensors: Called with an old block's number while it is loaded in the anatomy's model, or with None while all
+            outside the blocks is: parameters by name, as they are to be, or new ones. None: nothing is changed so.
     """
 
     blocks: tuple[int, ...]
     config: Mapping[str, JSON]
+    shapes: Shapes | None = None
     linears: Callable[[int], Mapping[str, NewLinear]] = lambda block: {}
     kept: Callable[[int], Kept] = lambda block: Kept()
+    tensors: Callable[[int | None], Mapping[str, Tensor]] | None = None
 
 
 class Reshaper(Method[Options]):
@@ -368,6 +415,22 @@ class Reshaper(Method[Options]):
     def probes(self) -> Probes | None:
         """Return what it needs `context.whole` for; None: the model is never in memory as a whole."""
         return None
+
+    def outline(self, anatomy: Anatomy) -> Reshaped | None:
+        """Return what is known of the result before anything is read; None: its size depends on the text.
+
+        What is no saving is refused by it, unless `grows` says otherwise.
+        """
+        return None
+
+    @property
+    def grows(self) -> bool:
+        """Whether the user accepts a model of more parameters."""
+        return False
+
+    def tokens(self, anatomy: Anatomy) -> int:
+        """Return how many calibration tokens `plan` must have."""
+        return 0
 
     @abstractmethod
     def plan(self, context: ReshapeContext) -> dict[str, JSON]:

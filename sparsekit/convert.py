@@ -15,9 +15,9 @@ from typing import Any
 
 from sparsekit import fs
 from sparsekit.checkpoint.safetensors_file import RawTensor, read_header
+from sparsekit.checkpoint.shapes import config_entries
 from sparsekit.checkpoint.source import INDEX, PACKED_INDEX, PACKED_STEM
 from sparsekit.checkpoint.staging import StagedCheckpoint, is_finished, recover
-from sparsekit.checkpoint.widths import config_entries
 from sparsekit.convert_source import ConvertSource, open_source
 from sparsekit.describe import tools, weights_bytes
 from sparsekit.errors import ModelError, OutputExists, UsageError
@@ -140,7 +140,7 @@ def _write_shards(
     reporter: Reporter,
 ) -> dict[str, dict[str, Any]]:
     """Convert every shard that is not there yet; return the facts of all packed tensors."""
-    stem = PACKED_STEM if form is not None or source.widths else "model"
+    stem = PACKED_STEM if form is not None or not source.shapes.plain else "model"
     count = len(source.shards)
     facts: dict[str, dict[str, Any]] = {}
     shared: dict[str, Form] = {}
@@ -206,7 +206,7 @@ def _write_files(
     config = {key: value for key, value in source.config.items() if key not in _QUANTIZATION}
     patterns = {str(entry["pattern"]) for entry in facts.values()}
     pattern = patterns.pop() if len(patterns) == 1 else "unstructured"
-    entries = config_entries(pattern=pattern if packed else None, widths=source.widths)
+    entries = config_entries(source.shapes, pattern if packed else None)
     config |= entries
     staged.write_file(PACKED_INDEX if entries else INDEX, _json(index))
     staged.write_file("config.json", _json(config))

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sparsekit.checkpoint import jsonio
 from sparsekit.checkpoint.manifest import FILE, Manifest, read_manifest
 from sparsekit.checkpoint.safetensors_file import DTYPE_BITS, RawTensor
+from sparsekit.checkpoint.shapes import PLAIN, Shapes, read_shapes
 from sparsekit.checkpoint.source import WeightFiles, is_ours, open_weights
-from sparsekit.checkpoint.widths import Widths, read_widths
 from sparsekit.errors import ChecksumError, HeaderError, ModelError, WeightMismatch
 from sparsekit.fs import sha256_file
 from sparsekit.models.raw import read_raw
@@ -48,7 +48,7 @@ class ConvertSource:
         weights: The checked weight files.
         manifest: What sparsekit wrote about it, None for a folder of others.
         shards: Names of the dense tensors, by input shard.
-        widths: Of each block, where they differ from the configuration's; else None.
+        shapes: In what they differ from the rest of the configuration's.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ class ConvertSource:
     weights: WeightFiles
     manifest: Manifest | None
     shards: list[list[str]] = field(default_factory=list)
-    widths: tuple[Widths, ...] | None = None
+    shapes: Shapes = PLAIN
     _old_kind: str | None = None
     _old: dict[str, dict[str, str]] = field(default_factory=dict)
     _files: dict[str, files.PackedFile] = field(default_factory=dict)
@@ -225,8 +225,8 @@ def open_source(folder: Path) -> ConvertSource:
     if bool(groups) != (kind is not None):
         stored = f"holds {len(groups)} bitmasks" if groups else "holds no bitmask"
         raise HeaderError(f"names the sparse format {kind}, but the folder {stored}", where=str(path))
-    widths = read_widths(config.get("quantization_config"))
-    source = ConvertSource(folder, config, weights, manifest, widths=widths, _old_kind=kind, _old=groups)
+    shapes = read_shapes(config.get("quantization_config"))
+    source = ConvertSource(folder, config, weights, manifest, shapes=shapes, _old_kind=kind, _old=groups)
     parts = {stored: name for name, group in groups.items() for stored in group.values()}
     for file in weights.files:
         opened = source._files.setdefault(file, files.PackedFile(weights.path(file)))

@@ -17,6 +17,7 @@ from sparsekit import ranks, registry
 from sparsekit.contracts import Allocator, Anatomy, LayerPruner, LinearInfo, MaskRefiner, Reshaper, WeightUpdate
 from sparsekit.errors import LowCoverage, OutOfMemory, PlanError, TooFewTokens
 from sparsekit.models.lazy_model import LazyModel
+from sparsekit.models.shapes import parameters, variant
 from sparsekit.pattern import NM, Pattern, parse_pattern
 from sparsekit.permutation import check_permutation
 from sparsekit.recipe.schema import PruneStage, ReshapeStage
@@ -99,11 +100,14 @@ class ReshapePlan:
         stage: The recipe's stage.
         reshaper: The method, with its options.
         anatomy: The model's.
+        before, after: Parameters of the model now, and as it will be; None where that depends on the text.
     """
 
     stage: ReshapeStage
     reshaper: Reshaper[Any]
     anatomy: Anatomy
+    before: int
+    after: int | None
 
     @property
     def needs_data(self) -> bool:
@@ -118,14 +122,24 @@ def plan_reshape(model: LazyModel, stage: ReshapeStage, seed: int, *, where: str
         PlanError, UnsupportedFamily: The reshaper cannot do this model.
     """
     linears = tuple(linear.info for index in range(model.blocks) for linear in model.stack.linears(index))
-    anatomy = Anatomy(model.module, model.blocks, linears, model.stack.path)
+    anatomy = Anatomy(model.module, model.blocks, linears, model.stack.path, model.shapes)
     reshaper: Reshaper[Any] = registry.load("reshape", stage.method)(stage.method_options(), seed)
     try:
         reshaper.check(anatomy)
     except PlanError as error:
         error.where = f"{where}.{error.where}" if error.where else where
         raise
-    return ReshapePlan(stage, reshaper, anatomy)
+    before, after = parameters(model.module), None
+    if (outline := reshaper.outline(anatomy)) is not None:
+        shapes = anatomy.shapes if outline.shapes is None else outline.shapes
+        after = parameters(variant(model.module, outline.config, shapes))
+        if after >= before and not reshaper.grows:
+            raise PlanError(
+                f"the model would have {after:,} parameters, now it has {before:,}: no saving",
+                where=where,
+                hint="Take more away, or set allow_growth: true in the stage.",
+            )
+    return ReshapePlan(stage, reshaper, anatomy, before, after)
 
 
 def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) -> StagePlan:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sparsekit.checkpoint.jsonio import JSON
+from sparsekit.checkpoint.shapes import PLAIN, Shapes
 from sparsekit.cost import Cost, estimate
 from sparsekit.errors import PlanError
 from sparsekit.models.lazy_model import LazyModel
@@ -31,6 +32,7 @@ class Prepared:
         notes: What the user should know.
         nulls: The same for each null of the recipe that is not the recipe itself.
         config: Keys of config.json that reshaping has changed.
+        shapes: In what the shapes of the model differ from those of its configuration.
     """
 
     recipe: Recipe
@@ -42,6 +44,7 @@ class Prepared:
     nulls: Mapping[str, Prepared] = field(default_factory=dict)
     reshapes: tuple[ReshapePlan, ...] = ()
     config: Mapping[str, JSON] = field(default_factory=dict)
+    shapes: Shapes = PLAIN
 
     @property
     def disk_bytes(self) -> int:
@@ -85,7 +88,7 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
     )
     nulls = {name: prepare(null, source) for name, null in found.items() if null is not None}
     cost = estimate(model, plans, samples, length, reshapes)
-    return Prepared(recipe, source, model, plans, cost, notes, nulls, reshapes)
+    return Prepared(recipe, source, model, plans, cost, notes, nulls, reshapes, shapes=model.shapes)
 
 
 def reshaped(prepared: Prepared, folder: Path, config: Mapping[str, JSON]) -> Prepared:
@@ -107,7 +110,8 @@ def reshaped(prepared: Prepared, folder: Path, config: Mapping[str, JSON]) -> Pr
     rest = prepared.recipe.reshapes[first:]
     reshapes = tuple(plan_reshape(model, stage, seed, where=f"stages.{n}") for n, stage in enumerate(rest, first))
     plans = _plan_prunes(model, prepared.recipe)
-    return replace(prepared, model=model, plans=plans, reshapes=reshapes, config={**prepared.config, **config})
+    changed = {**prepared.config, **config}
+    return replace(prepared, model=model, plans=plans, reshapes=reshapes, config=changed, shapes=model.shapes)
 
 
 def _all(reshapes: Sequence[ReshapePlan], plans: Sequence[StagePlan]) -> list[ReshapePlan | StagePlan]:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+OUTER = "outer"
+"""Journal key of the shard with embeddings, final norm and head."""
 _EXPERT = re.compile(r"\.\d+\.(?=[^.]+\.weight$)")
 
 

@@ -6,7 +6,6 @@ next stage opens as any other.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,20 +17,21 @@ from sparsekit import ranks
 from sparsekit.allocation import Workspace
 from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.checkpoint.safetensors_file import RawTensor
+from sparsekit.checkpoint.shapes import Shapes
 from sparsekit.checkpoint.staging import JournalEntry, StagedCheckpoint
-from sparsekit.checkpoint.widths import config_entries, widths_after
-from sparsekit.contracts import LinearInfo, NewLinear, ReshapeContext, Reshaped, Stat, Stats, WholeModel
+from sparsekit.contracts import LinearInfo, NewLinear, OpenBlock, ReshapeContext, Reshaped, Stat, Stats, WholeModel
 from sparsekit.errors import IndexMismatch, NonFinite, SparsekitError
 from sparsekit.finite import all_finite
 from sparsekit.lazy import torch
 from sparsekit.memory import release_freed
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.linears import Linear
+from sparsekit.models.raw import to_raw
 from sparsekit.models.whole import LoadedModel
 from sparsekit.models.widths import narrow_block
 from sparsekit.plan import ReshapePlan
 from sparsekit.progress import Reporter, track
-from sparsekit.prune import checkpoint_tensors
+from sparsekit.prune import OUTER, checkpoint_tensors
 from sparsekit.walk import walk
 
 if TYPE_CHECKING:
@@ -45,16 +45,18 @@ class ReshapeResult:
     Attributes:
         blocks: Old blocks in their new order.
         config: Keys of config.json that changed.
+        shapes: In what the shapes of what is left differ from those of its configuration.
         plan: What the reshaper decided.
         facts: What it saw.
-        parameters: Weights of the model before and after, those outside the blocks included.
+        parameters: Those of the model before and after, shared ones once; of the result as it was opened again.
     """
 
     blocks: tuple[int, ...]
     config: dict[str, JSON]
+    shapes: Shapes
     plan: dict[str, Any]
     facts: dict[str, dict[str, float]]
-    parameters: tuple[int, int]
+    parameters: tuple[int, int] = (0, 0)
 
 
 def reshape_stage(
@@ -79,20 +81,17 @@ def reshape_stage(
     """
     decided = ranks.share(lambda: _journalled(staged)) or _decide(model, plan, samples, reporter, workspace)
     reshaped = plan.reshaper.apply(plan.anatomy, decided["plan"], workspace.folder)
+    shapes = model.shapes if reshaped.shapes is None else reshaped.shapes
     task = f"reshape ({plan.stage.method})"
-    after = 0
     count = len(reshaped.blocks)
-    narrow = bool(config_entries(widths=widths_after(model.widths, reshaped.config)))
     for place, old in enumerate(track(reshaped.blocks, reporter, task, count, "blocks")):
-        key = f"block-{place}"
-        write = partial(_write_block, model, old, place, reshaped, decided, staged, name_shard(place, count, narrow))
-        entry = ranks.share(partial(staged.finished, key)) or ranks.share(write)
-        after += int(entry.facts["parameters"])  # type: ignore[arg-type]  # written above
-    sizes = {key: math.prod(location.entry.shape) for key, location in model.weights.tensors.items()}
-    after += sum(sizes[key] for key in model.keys(None))
-    return ReshapeResult(
-        reshaped.blocks, {**reshaped.config}, decided["plan"], decided["facts"], (sum(sizes.values()), after)
-    )
+        name = name_shard(place, count, not shapes.plain)
+        write = partial(_write_block, model, old, place, reshaped, decided, staged, name)
+        if not ranks.share(partial(staged.finished, f"block-{place}")):
+            ranks.share(write)
+    if reshaped.tensors is not None and not ranks.share(partial(staged.finished, OUTER)):
+        ranks.share(partial(_write_outer, model, reshaped, staged, name_shard(count, count, not shapes.plain)))
+    return ReshapeResult(reshaped.blocks, {**reshaped.config}, shapes, decided["plan"], decided["facts"])
 
 
 def _decide(
@@ -115,10 +114,17 @@ def _write_block(
 ) -> JournalEntry:
     """Write the shard of an old block in its new place, and journal it; the first with what was decided."""
     tensors = _renumbered(model, old, place, _written(model, old, reshaped))
-    facts: dict[str, Any] = {"parameters": sum(math.prod(tensor.shape) for tensor in tensors.values())}
-    if place == 0:
-        facts["reshape"] = decided
+    facts: dict[str, Any] = {"reshape": decided} if place == 0 else {}
     return staged.write_shard(f"block-{place}", name, tensors, facts)
+
+
+def _write_outer(model: LazyModel, reshaped: Reshaped, staged: StagedCheckpoint, name: str) -> JournalEntry:
+    """Write the shard of what is outside the blocks, which changes, and journal it."""
+    assert reshaped.tensors is not None  # noqa: S101  (asked before)
+    model.load_outer()
+    tensors = _stored(model, None, {}, reshaped.tensors(None))
+    model.release_outer()
+    return staged.write_shard(OUTER, name, tensors, {})
 
 
 def _journalled(staged: StagedCheckpoint) -> dict[str, Any] | None:
@@ -152,24 +158,51 @@ def _context(
         yield LoadedModel(model, ids, lambda: None, model.dtype if probes.own_dtype else None)
         release_freed()
 
+    def blocks() -> Iterator[OpenBlock]:
+        yield from walk(model, samples, reporter, task=f"reshape ({plan.stage.method})")
+
     return ReshapeContext(
-        plan.anatomy, visit, flows, whole, reporter=reporter, folder=workspace.folder, identity=workspace.identity
+        plan.anatomy,
+        visit,
+        flows,
+        blocks,
+        whole,
+        reporter=reporter,
+        folder=workspace.folder,
+        identity=workspace.identity,
     )
 
 
 def _written(model: LazyModel, old: int, reshaped: Reshaped) -> dict[str, RawTensor]:
     """Return the tensors of an old block, with the linears that change as they are to be."""
     changes, kept = reshaped.linears(old), reshaped.kept(old)
-    if not changes and kept.all:
+    if not changes and kept.all and reshaped.tensors is None:
         return checkpoint_tensors(model, old, {})
     model.load_block(old)
-    changed = narrow_block(model.module, model.stack, old, kept)
+    names = narrow_block(model.module, model.stack, old, kept)
     linears = {linear.name: linear for linear in model.stack.linears(old)}
-    changed |= {name for linear, new in changes.items() for name in _replace(linears[linear], new)}
+    names |= {name for linear, new in changes.items() for name in _replace(linears[linear], new)}
     state = model.module.state_dict()
-    tensors = checkpoint_tensors(model, old, model.to_checkpoint({name: state[name] for name in changed}))
+    changed = {name: state[name] for name in names}
+    tensors = _stored(model, old, changed, {} if reshaped.tensors is None else reshaped.tensors(old))
     model.release_block(old)
     return tensors
+
+
+def _stored(
+    model: LazyModel, block: int | None, changed: Mapping[str, Tensor], others: Mapping[str, Tensor]
+) -> dict[str, RawTensor]:
+    """Return the tensors of a block (None: everything outside the blocks) with these parameters, as they are written.
+
+    One of `others` that the source does not hold, such as a head that was tied, has its own name and the model's dtype.
+    """
+    for name, value in others.items():
+        if not all_finite(value):
+            raise NonFinite("the reshaped weight is not finite", where=name)
+    fresh = {name: value for name, value in others.items() if name not in model.stored}
+    known = {**changed, **{name: value for name, value in others.items() if name not in fresh}}
+    tensors = checkpoint_tensors(model, block, model.to_checkpoint(known))
+    return {**tensors, **{model.new_name(name): to_raw(value.to(model.dtype)) for name, value in fresh.items()}}
 
 
 def _replace(linear: Linear, new: NewLinear) -> set[str]:

@@ -26,6 +26,9 @@ from sparsekit.checkpoint.staging import StagedCheckpoint
 from sparsekit.contracts import LinearInfo
 from sparsekit.data.packing import TokenBlocks
 from sparsekit.describe import tools
+from sparsekit.errors import SparsekitError
+from sparsekit.models.lazy_model import LazyModel
+from sparsekit.models.shapes import parameters
 from sparsekit.pack import Encoding, Layout
 from sparsekit.plan import ReshapePlan, StagePlan
 from sparsekit.prepared import Prepared, reshaped
@@ -81,10 +84,12 @@ def run_stages(
         with run.folder(len(reshapes)) as work:
             workspace = run.workspace(len(reshapes), prepared, plan.stage, ())
             result = reshape_stage(prepared.model, plan, run.samples(plan), work, shard_name, reporter, workspace)
-            reshapes.append(result)
             config = {**prepared.config, **result.config}
-            ranks.share(partial(write_model_files, replace(prepared, config=config), work, len(result.blocks)))
+            after = replace(prepared, config=config, shapes=result.shapes)
+            ranks.share(partial(write_model_files, after, work, len(result.blocks)))
         prepared = reshaped(prepared, work.folder, result.config)
+        _require_planned(plan, prepared.model)
+        reshapes.append(replace(result, parameters=(plan.before, parameters(prepared.model.module))))
     names = shard_names(prepared)
     results = []
     for position, pruned in enumerate(prepared.plans, len(reshapes)):
@@ -98,6 +103,13 @@ def run_stages(
     if prepared.plans:
         ranks.share(lambda: write_model_files(prepared, staged, prepared.model.blocks))
     return Ran(prepared, tuple(reshapes), tuple(results))
+
+
+def _require_planned(plan: ReshapePlan, model: LazyModel) -> None:
+    """Require that a reshape stage left as many parameters as it announced."""
+    after = parameters(model.module)
+    if plan.after is not None and plan.after != after:
+        raise SparsekitError(f"{after} parameters are left, {plan.after} were planned", where=plan.stage.method)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ has its own samples, and statistics are merged in the order of the ranks, which 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sparsekit import ranks, registry
-from sparsekit.contracts import Stat
+from sparsekit.contracts import OpenBlock, Stat
 from sparsekit.errors import NonFinite, SparsekitError
 from sparsekit.finite import all_finite
 from sparsekit.lanes import MAX_LANES, Turns, side_by_side
@@ -35,7 +35,7 @@ EXPERT_MIN_TOKENS = 64
 """An expert that saw fewer tokens borrows the missing ones from the statistic pooled over its siblings."""
 
 
-class Visit:
+class Visit(OpenBlock):
     """One block while it is loaded."""
 
     def __init__(self, walk: _Walk, index: int, block: nn.Module) -> None:
@@ -65,6 +65,24 @@ class Visit:
         Its outputs are the next block's inputs: what is changed afterwards, later blocks do not see.
         """
         return self._walk.flow(self, registry.load("stats", name))
+
+    def observe(self, paths: Collection[str], name: str) -> dict[str, Stat]:
+        """Run the block on all samples; return the statistic `name` of what enters each of these modules.
+
+        Args:
+            paths: Relative to the block; the empty one stands for what leaves the block.
+            name: Of the statistic.
+        """
+        return self._walk.observe(self, paths, registry.load("stats", name))
+
+    def inputs(self, name: str) -> Stat:
+        """Return the statistic `name` of the hidden states in front of the block."""
+        return self._walk.inputs(registry.load("stats", name))
+
+    def map_inputs(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace the hidden states in front of the block, [..., tokens, hidden] of each sample, by what it returns."""
+        for hidden in self._walk.hidden:
+            hidden.copy_(change(hidden))
 
     def adopt(self, shard: Path) -> None:
         """Take this block's tensors from a shard written earlier."""
@@ -177,14 +195,42 @@ class _Walk:
         return stats
 
     def flow(self, visit: Visit, kind: type[Stat]) -> Stat:
-        if self.samples is None:
-            raise SparsekitError("statistics of hidden states asked for in a walk without samples")
-        stat = kind(ranks.share(lambda: self.hidden[0].shape[-1]))
+        stat = self._of_stream(kind)
         self._forward(visit, keep=True, flow=stat)
         return _merged({"flow": stat})["flow"]
 
+    def inputs(self, kind: type[Stat]) -> Stat:
+        stat = self._of_stream(kind)
+        for hidden in self.hidden:
+            stat.update(hidden.reshape(-1, hidden.shape[-1]))
+        return _merged({"": stat})[""]
+
+    def observe(self, visit: Visit, paths: Collection[str], kind: type[Stat]) -> dict[str, Stat]:
+        observer = _Observer({path: self._of_stream(kind) for path in sorted(paths)})
+        handles = [
+            visit.block.get_submodule(path).register_forward_pre_hook(observer.hook(path)) for path in paths if path
+        ]
+        try:
+            self._forward(visit, keep=False, observer=observer)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return _merged(observer.stats)
+
+    def _of_stream(self, kind: type[Stat]) -> Stat:
+        """Return an empty statistic of hidden states."""
+        if self.samples is None:
+            raise SparsekitError("statistics of hidden states asked for in a walk without samples")
+        return kind(ranks.share(lambda: self.hidden[0].shape[-1]))
+
     def _forward(
-        self, visit: Visit, *, keep: bool, collector: _Collector | None = None, flow: Stat | None = None
+        self,
+        visit: Visit,
+        *,
+        keep: bool,
+        collector: _Collector | None = None,
+        flow: Stat | None = None,
+        observer: _Observer | None = None,
     ) -> None:
         """Run the block on every sample; with `keep` its outputs become the next block's inputs."""
         where = self.model.stack.prefix(visit.index)
@@ -193,20 +239,28 @@ class _Walk:
         def one(sample: int, turns: Turns) -> None:
             if collector:
                 collector.begin(sample, turns, whole=keep)
+            if observer:
+                observer.begin(sample, turns)
             try:
                 out = run_block(visit.block, self.hidden[sample], calls[sample])
             except _SeenAll:
                 return
-            if out.shape != self.hidden[sample].shape:
+            same = out.shape == self.hidden[sample].shape
+            if out.shape[:-1] != self.hidden[sample].shape[:-1] or not (same or self.model.shapes.stream):
                 got = list(self.hidden[sample].shape)
                 raise SparsekitError(f"block returned {list(out.shape)}, got {got}", where=where)
             if flow is not None:
                 with turns.turn("flow", sample):
                     flow.update(torch.stack([self.hidden[sample], out]).flatten(1, -2))
+            if observer:
+                observer.see("", out)
             if keep:
                 _refuse_nonfinite(out, where, self.first_sample + sample)
-                # In place: tensors that live on between those that come and go would keep freed memory from the system.
-                self.hidden[sample].copy_(out)
+                if same:
+                    # In place: tensors that live on between those that come and go keep freed memory from the system.
+                    self.hidden[sample].copy_(out)
+                else:
+                    self.hidden[sample] = out
 
         # A model's own code may keep things in its modules between calls; transformers' blocks do not.
         own_code = type(visit.block).__module__.startswith("transformers_modules")
@@ -229,6 +283,31 @@ def _merged(own: dict[str, Stat]) -> dict[str, Stat]:
         for name, stat in found.items():
             stat.merge(part[name])
     return found
+
+
+class _Observer:
+    """Feeds what enters modules to statistics, in the order of the samples."""
+
+    def __init__(self, stats: dict[str, Stat]) -> None:
+        self.stats = stats
+        self._sample = _Sample()
+
+    def begin(self, sample: int, turns: Turns) -> None:
+        """The calling thread starts a sample."""
+        self._sample.number, self._sample.turns = sample, turns
+
+    def hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        # A pre-hook must return None: anything else replaces the module's input.
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.see(path, args[0])
+
+        return hook
+
+    def see(self, path: str, x: Tensor) -> None:
+        """Add `x: [..., hidden]` to the statistic of `path`, if there is one."""
+        if path in self.stats:
+            with self._sample.turns.turn(path, self._sample.number):
+                self.stats[path].update(x.reshape(-1, x.shape[-1]))
 
 
 class _SeenAll(Exception):  # a signal that ends a pass, not an error

@@ -7,15 +7,14 @@ stay, and what differs is refused.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.checkpoint.jsonio import JSON
-from sparsekit.checkpoint.widths import Widths, config_entries, read_widths
+from sparsekit.checkpoint.shapes import PLAIN, Shapes
 from sparsekit.errors import UnsupportedFamily
+from sparsekit.models.shapes import variant
 from sparsekit.models.structure import find_stack
-from sparsekit.models.widths import narrow
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,33 +35,30 @@ def with_blocks(config: Any, kept: Sequence[int]) -> dict[str, JSON]:
             changes[key] = [place for place, block in enumerate(kept) if block in value]
         elif "layer" in key and isinstance(value, (list, tuple)) and len(value) == count:
             changes[key] = [value[block] for block in kept]
-    if (widths := _widths(config)) is not None:
-        entries = config_entries(widths=[widths[block] for block in kept])
-        changes["quantization_config"] = entries.get("quantization_config")
     return changes
 
 
-def require_same_blocks(model: nn.Module, changes: dict[str, JSON], kept: Sequence[int]) -> None:
+def require_same_blocks(
+    model: nn.Module, changes: dict[str, JSON], kept: Sequence[int], shapes: Shapes = PLAIN
+) -> None:
     """Build the architecture that the changed configuration means; compare its blocks with those that stay.
+
+    Args:
+        model: The model as it is, on meta.
+        changes: Keys of config.json.
+        kept: Its blocks that stay.
+        shapes: Of what is left.
 
     Raises:
         UnsupportedFamily: A block would be of another kind at its new place.
     """
-    from accelerate import init_empty_weights
-
-    config: Any = copy.deepcopy(model.config)
+    config: Any = model.config
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise UnsupportedFamily(
             f"{type(model).__name__} scales attention by the number of the block, which would change",
             where="config.json: scale_attn_by_inverse_layer_idx",
         )
-    for key, value in changes.items():
-        setattr(config, key, value)
-    with init_empty_weights(include_buffers=False):
-        other = type(model)(config).train(model.training)
-    stack, shorter = find_stack(model), find_stack(other)
-    if (widths := _widths(config)) is not None:
-        narrow(other, shorter, widths)
+    stack, shorter = find_stack(model), find_stack(variant(model, changes, shapes))
     for place, block in enumerate(kept):
         difference = _difference(stack.blocks[block], shorter.blocks[place])
         if difference:
@@ -72,10 +68,6 @@ def require_same_blocks(model: nn.Module, changes: dict[str, JSON], kept: Sequen
                 where=stack.prefix(block),
                 hint="Choose other blocks to drop, or another architecture.",
             )
-
-
-def _widths(config: Any) -> tuple[Widths, ...] | None:
-    return read_widths(getattr(config, "quantization_config", None))
 
 
 def _difference(old: nn.Module, new: nn.Module) -> str | None:

@@ -14,14 +14,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsekit.checkpoint.shapes import Shapes, read_shapes
 from sparsekit.checkpoint.source import WeightFiles
-from sparsekit.checkpoint.widths import Widths, read_widths
 from sparsekit.errors import CheckpointError, IndexMismatch
 from sparsekit.lazy import torch
 from sparsekit.models import headers
 from sparsekit.models.headers import Becomes
+from sparsekit.models.shapes import give_shapes
 from sparsekit.models.structure import Stack, find_stack
-from sparsekit.models.widths import narrow
 from sparsekit.pack.files import PackedFile
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class LazyModel:
     Attributes:
         module: The transformers model; parameters that are not loaded stand on meta.
         stack: Its decoder blocks.
-        widths: Of each block, where they differ from the configuration's; else None.
+        shapes: In what they differ from the rest of the configuration's.
         dtype: Dtype the parameters are loaded in.
 
     `cast` says that the user chose that dtype, so the output is written in it too.
@@ -68,9 +68,8 @@ class LazyModel:
         self.module.eval()
         self.module.requires_grad_(False)
         self.stack: Stack = find_stack(self.module)
-        self.widths: tuple[Widths, ...] | None = read_widths(getattr(config, "quantization_config", None))
-        if self.widths is not None:
-            narrow(self.module, self.stack, self.widths)
+        self.shapes: Shapes = read_shapes(getattr(config, "quantization_config", None))
+        give_shapes(self.module, self.stack, self.shapes)
         self._mapping = get_model_conversion_mapping(self.module)
         self._becomes = self._rename()
         self._keys = self._assign_keys()
@@ -86,6 +85,11 @@ class LazyModel:
         """Checkpoint tensors that the architecture has no place for; they are carried along unchanged."""
         known = self.module.state_dict().keys()
         return tuple(key for key, target in self._becomes.items() if not known & {*target.names})
+
+    @property
+    def stored(self) -> set[str]:
+        """Names of the parameters that the checkpoint holds; one that is tied to another may not be among them."""
+        return {name for target in self._becomes.values() for name in target.names}
 
     @property
     def vocabulary(self) -> int:
@@ -154,6 +158,12 @@ class LazyModel:
                 raise IndexMismatch(f"no tensor of this name in the source, but the pruned block has one: {name}")
             known[key] = tensor
         return known
+
+    def new_name(self, name: str) -> str:
+        """Return the name that a parameter which the checkpoint does not hold has in it."""
+        prefix = f"{self.module.base_model_prefix}."
+        bare = not any(key.startswith(prefix) for key in self.weights.tensors)
+        return name.removeprefix(prefix) if bare else name
 
     def require_tensors(self) -> None:
         """Compare the headers of the weight files with the configuration; no weight is read. See `headers.check`."""

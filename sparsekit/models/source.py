@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from sparsekit.checkpoint.shapes import holds_packed
 from sparsekit.checkpoint.source import WeightFiles, is_ours, open_weights
-from sparsekit.checkpoint.widths import holds_packed
 from sparsekit.errors import ModelError, RemoteCodeRefused, UnsupportedFamily, UsageError
 from sparsekit.lazy import require_address_space, torch
 from sparsekit.memory import release_freed

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparsekit.checkpoint.widths import Widths
+from sparsekit.checkpoint.shapes import Widths
 from sparsekit.contracts import Kept
 from sparsekit.errors import ModelError, UnsupportedFamily
 from sparsekit.lazy import torch

@@ -30,7 +30,7 @@ from pydantic import Field
 from sparsekit import fs, ranks
 from sparsekit.checkpoint import jsonio
 from sparsekit.checkpoint.jsonio import JSON
-from sparsekit.checkpoint.widths import Widths, config_entries
+from sparsekit.checkpoint.shapes import Widths
 from sparsekit.contracts import (
     Anatomy,
     Kept,
@@ -158,7 +158,7 @@ class Tyr(Reshaper[TyrOptions]):
 
         blocks = range(anatomy.blocks)
         widths = [Widths(groups.get(str(block)), neuron.get(str(block))) for block in blocks]
-        return Reshaped(tuple(blocks), config_entries(widths=widths), linears, kept)
+        return Reshaped(tuple(blocks), {}, anatomy.shapes.narrowed(widths), linears, kept)
 
     def _kinds(self, anatomy: Anatomy) -> list[Kind]:
         """Return what can go of each block; raises UnsupportedFamily where it cannot."""

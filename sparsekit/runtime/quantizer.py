@@ -27,13 +27,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekit.checkpoint.safetensors_file import read_header
+from sparsekit.checkpoint.shapes import FORMAT_VERSION, METHOD, Shapes, config_entries, holds_packed, read_shapes
 from sparsekit.checkpoint.source import PACKED_INDEX
-from sparsekit.checkpoint.widths import FORMAT_VERSION, METHOD, Widths, config_entries, holds_packed, read_widths
 from sparsekit.errors import HeaderError, IndexMismatch, KernelsMissing, SparsekitError, UsageError, VersionError
 from sparsekit.memory import release_freed
 from sparsekit.models import headers
+from sparsekit.models.shapes import give_shapes
 from sparsekit.models.structure import find_stack
-from sparsekit.models.widths import narrow
 from sparsekit.pack.files import PackedFile
 from sparsekit.pack.tensor import SHAPE
 from sparsekit.pack.verify import require_claims
@@ -55,12 +55,12 @@ PARTS = (
 
 
 class SparsekitConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a packed or narrow checkpoint; see `checkpoint.widths`.
+    """The `quantization_config` of a packed or narrow checkpoint; see `checkpoint.shapes`.
 
     Attributes:
         format_version: Version of docs/format.md that the files follow.
         pattern: Pattern of all packed tensors.
-        widths: Of the blocks, where they are not those of the rest of the configuration.
+        widths, stream: Of blocks and residual stream, where they are not those of the rest of the configuration.
         ordinary_names: The files are called as transformers calls them: `save_pretrained` wrote them.
         dequantize: True: unpack while loading; the model is then an ordinary dense one, equal to the dense checkpoint
             bit by bit. False: layers multiply with packed weights. None: packed where this installation has kernels
@@ -72,6 +72,7 @@ class SparsekitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format_version: int = FORMAT_VERSION,
         pattern: str | None = None,
         widths: Mapping[str, Any] | None = None,
+        stream: Mapping[str, Any] | None = None,
         ordinary_names: bool = False,
         dequantize: bool | None = None,
         **_: Any,
@@ -80,6 +81,7 @@ class SparsekitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.format_version = format_version
         self.pattern = pattern
         self.widths = widths
+        self.stream = stream
         self.ordinary_names = ordinary_names
         self.dequantize = dequantize
 
@@ -161,7 +163,7 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         self._files: dict[str, str] = {}
         self._arrived: set[str] = set()
         self._failed: SparsekitError | None = None
-        self._widths: tuple[Widths, ...] | None = read_widths(quantization_config.to_dict())
+        self._shapes: Shapes = read_shapes(quantization_config.to_dict())
 
     def hand_over(
         self, grouped: Mapping[str, Mapping[str, list[torch.Tensor]]], name: str, module: SparseLinear
@@ -303,8 +305,8 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if self._widths is not None:
-            narrow(model, find_stack(model), self._widths)
+        if not self._shapes.plain:
+            give_shapes(model, find_stack(model), self._shapes)
             _require_shapes(model, checkpoint_files or [])
         for file in checkpoint_files or []:
             opened = PackedFile(Path(file))
@@ -361,16 +363,16 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         return model.state_dict(), {}
 
     def remove_quantization_config(self, model: Any) -> None:
-        """Forget the packing once there is none. Widths belong to the model, and to what is saved of it."""
+        """Forget the packing once there is none. Shapes belong to the model, and to what is saved of it."""
         super().remove_quantization_config(model)
         self._unpacked(model)
-        if self._widths is not None:
+        if not self._shapes.plain:
             model.hf_quantizer = self
 
     def _unpacked(self, model: Any) -> None:
         """Let the configuration say what a dense copy of the model needs to be loaded."""
-        if self._widths is not None:
-            entry = config_entries(widths=self._widths)["quantization_config"]
+        if not self._shapes.plain:
+            entry = config_entries(self._shapes)["quantization_config"]
             model.config.quantization_config = SparsekitConfig(**entry, ordinary_names=True)
         elif hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sparsekit import run
-from sparsekit.checkpoint.widths import read_widths
+from sparsekit.checkpoint.shapes import read_shapes
 from sparsekit.errors import ChecksumError, PlanError, UnsupportedFamily
 from sparsekit.models.source import open_model
 from sparsekit.pack.verify import verify
@@ -61,7 +61,7 @@ def llama(tmp_path_factory):
 
 
 def widths(out):
-    return read_widths(json.loads((out / "config.json").read_text())["quantization_config"])
+    return read_shapes(json.loads((out / "config.json").read_text())["quantization_config"]).blocks
 
 
 def test_the_sums_are_exact_and_each_block_has_what_its_widths_say(llama):

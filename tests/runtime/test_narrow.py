@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from sparsekit.checkpoint.widths import Widths, config_entries, read_widths
+from sparsekit.checkpoint.shapes import Shapes, Widths, config_entries, read_shapes
 from sparsekit.cli.app import build
 from sparsekit.convert import convert
 from sparsekit.errors import CheckpointError, IndexMismatch, ModelError, UnsupportedFamily, VersionError
@@ -99,7 +99,7 @@ def test_saved_and_loaded_again_it_is_the_same_model(folder, tmp_path):
         first = again
     assert not again.is_quantized
     entry = json.loads((tmp_path / "1" / "config.json").read_text())["quantization_config"]
-    assert entry == config_entries(widths=narrow.WIDTHS)["quantization_config"] | {"ordinary_names": True}
+    assert entry == config_entries(narrow.SHAPES)["quantization_config"] | {"ordinary_names": True}
     assert_same(first, open_model(str(tmp_path / "1"), Silent()).load())
 
 
@@ -128,7 +128,7 @@ def test_block_by_block_it_is_the_same_model(folder):
         for name, parameter in block.named_parameters():
             assert torch.equal(parameter, expected[f"{lazy.stack.prefix(index)}.{name}"]), name
         lazy.release_block(index)
-    assert lazy.widths == narrow.WIDTHS
+    assert lazy.shapes == narrow.SHAPES
     assert shapes(lazy.in_dtype(torch.float32).module) == shapes(load(folder))
 
 
@@ -187,7 +187,7 @@ def test_commands_take_it_for_a_model_like_any_other(folder, arguments):
 
 
 # --- bad input ---------------------------------------------------------------------------------------------
-GIVEN = config_entries(widths=narrow.WIDTHS)["quantization_config"]["widths"]
+GIVEN = config_entries(narrow.SHAPES)["quantization_config"]["widths"]
 BAD = {
     "a list": ([1, 2], ModelError, "need an object with groups and neurons"),
     "text": ("wide", ModelError, "need an object with groups and neurons"),
@@ -241,13 +241,13 @@ def test_packed_tensors_behind_widths_alone_are_refused(folder, tmp_path):
 
 
 def test_entries_are_read_as_they_were_written():
-    assert config_entries() == {}
-    assert config_entries(widths=[Widths()] * 3) == {}
-    assert read_widths(None) is None
-    assert read_widths({"quant_method": "sparsekit", "pattern": "2:4"}) is None
-    entry = config_entries(pattern="2:4", widths=narrow.WIDTHS)["quantization_config"]
+    assert config_entries(Shapes()) == {}
+    assert config_entries(Shapes((Widths(),) * 3)) == {}
+    assert read_shapes(None) == Shapes()
+    assert read_shapes({"quant_method": "sparsekit", "pattern": "2:4"}) == Shapes()
+    entry = config_entries(narrow.SHAPES, "2:4")["quantization_config"]
     assert json.loads(json.dumps(entry)) == entry
-    assert (entry["pattern"], read_widths(entry)) == ("2:4", narrow.WIDTHS)
+    assert (entry["pattern"], read_shapes(entry)) == ("2:4", narrow.SHAPES)
 
 
 def test_plain_loading_keeps_no_mark_of_this(tmp_path):
@@ -255,13 +255,13 @@ def test_plain_loading_keeps_no_mark_of_this(tmp_path):
     folder = tiny.save("llama", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert not hasattr(model.config, "quantization_config")
-    assert open_model(str(folder), Silent()).lazy().widths is None
+    assert open_model(str(folder), Silent()).lazy().shapes == Shapes()
 
 
 def test_blocks_dropped_from_it_take_their_widths_along(folder, tmp_path):
     """The narrow block 2 moves up, the narrow block 1 goes."""
     out = prune(folder, tmp_path / "out", "dense", "shortgpt-25")
     model, dense = load(out), narrow.build(dtype=torch.bfloat16)
-    assert read_widths(model.config.quantization_config.to_dict()) == (Widths(), Widths(neurons=8))
+    assert read_shapes(model.config.quantization_config.to_dict()).blocks == (Widths(), Widths(neurons=8))
     assert_same_weights(model.model.layers[1], dense.model.layers[2])
     assert verify(out, "semantic").ok

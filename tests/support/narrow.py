@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sparsekit.checkpoint.widths import Widths, config_entries
+from sparsekit.checkpoint.shapes import Shapes, Widths, config_entries
 from sparsekit.models.structure import find_stack
 from sparsekit.models.widths import Kept, narrow_block
 from tests.support import tiny
@@ -20,6 +20,7 @@ KEPT = (
     Kept(neurons=torch.tensor([3, 5, 8, 20, 21, 22, 40, 41])),
 )
 WIDTHS = (Widths(), Widths(1, 24), Widths(None, 8))
+SHAPES = Shapes(WIDTHS)
 
 
 def build(family: str = "llama", kept: tuple[Kept, ...] = KEPT, **options: Any) -> Any:
@@ -35,7 +36,7 @@ def write(model: Any, folder: Path, widths: tuple[Widths, ...] = WIDTHS) -> Path
     model.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = [type(model).__name__]
-    (folder / "config.json").write_text(json.dumps(config | config_entries(widths=widths)))
+    (folder / "config.json").write_text(json.dumps(config | config_entries(Shapes(widths))))
     tied = set(model.all_tied_weights_keys)
     tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
     name = "sparsekit_model-00001-of-00001.safetensors"
