@@ -83,6 +83,11 @@ class Linear:
             parameter.data = bias
         else:
             parameter.data[self.expert].copy_(bias)
+        return self.bias_name
+
+    @property
+    def bias_name(self) -> str:
+        """The model's name of the parameter that holds the bias, if there is one."""
         return f"{self.parameter_name.removesuffix(self.parameter)}{self._bias}"
 
     @property

@@ -16,6 +16,9 @@ from sparsekit.errors import UnsupportedFamily
 
 Part = Literal["attention", "mlp"]
 """A branch of a block."""
+Norm = Literal["rms", "rms_plus_one", "layer", "layer_plus_one"]
+"""What divides the residual stream: its root mean square, or, `layer`, its deviation from its mean; scaled by the norm's
+weight or one more than that."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class FamilySpec:
         routers: What else reads the output of `mlp_norm`.
         embeddings: What the residual stream starts with: tokens, learned positions.
         final_norm, head: What reads the residual stream behind the blocks.
+        norm: What all norms of the residual stream are.
+        scaled_embeddings: Embeddings are multiplied by the root of the stream's width.
     """
 
     attention: Attention
@@ -78,6 +83,8 @@ class FamilySpec:
     branch_norms: tuple[str, ...] = ()
     routers: tuple[str, ...] = ()
     head: str = "lm_head"
+    norm: Norm = "rms"
+    scaled_embeddings: bool = False
 
     def branch(self, part: Part, names: Collection[str]) -> dict[str, bool]:
         """Return those of a block's linears that are its attention or its MLPs, and whether each ends its branch.
@@ -121,9 +128,10 @@ FAMILIES: Mapping[str, FamilySpec] = {
         (MLP("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),),
         "transformer.ln_f",
         ("transformer.word_embeddings",),  # with a norm of their own behind them
+        norm="layer",
     ),
-    "cohere2": replace(_LLAMA, mlp_norm="input_layernorm"),
-    "gemma": _LLAMA,
+    "cohere2": replace(_LLAMA, mlp_norm="input_layernorm", norm="layer"),
+    "gemma": replace(_LLAMA, norm="rms_plus_one", scaled_embeddings=True),
     "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, attention=_NORMED),
     "glm4": replace(_LLAMA, mlps=(_GATE_UP,), branch_norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
@@ -134,12 +142,14 @@ FAMILIES: Mapping[str, FamilySpec] = {
         ("transformer.wte", "transformer.wpe"),
         "ln_1",
         "ln_2",
+        norm="layer",
     ),
     "gpt_neox": FamilySpec(
         _fused("attention.query_key_value", "attention.dense", "heads"),
         (MLP("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),),
         "gpt_neox.final_layer_norm",
         ("gpt_neox.embed_in",),
+        norm="layer",
     ),
     "gpt_oss": replace(_LLAMA, mlps=(replace(_EXPERTS, rows="pairs"),), routers=("mlp.router",)),
     "gptj": FamilySpec(
@@ -149,6 +159,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
         ("transformer.wte",),
         "ln_1",
         "ln_1",
+        norm="layer",
     ),
     "granite": _LLAMA,
     "llama": _LLAMA,
@@ -161,8 +172,9 @@ FAMILIES: Mapping[str, FamilySpec] = {
         ("transformer.wte",),
         "norm_1",
         "norm_2",
+        norm="layer",
     ),
-    "nemotron": replace(_LLAMA, mlps=(replace(_GATED, gate=None),)),
+    "nemotron": replace(_LLAMA, mlps=(replace(_GATED, gate=None),), norm="layer_plus_one"),
     "olmo2": replace(
         _LLAMA,
         attention_norm=None,
@@ -177,6 +189,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
         ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
         "self_attn_layer_norm",  # before its branch only where config.do_layer_norm_before says so
         "final_layer_norm",
+        norm="layer",
     ),
     "phi": replace(
         _LLAMA,
@@ -188,6 +201,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
         mlps=(MLP("mlp.fc1", "mlp.fc2"),),
         mlp_norm="input_layernorm",
         final_norm="model.final_layernorm",
+        norm="layer",
     ),
     "phi3": replace(_LLAMA, attention=_fused("self_attn.qkv_proj", "self_attn.o_proj", "parts"), mlps=(_GATE_UP,)),
     "qwen2": _LLAMA,
@@ -195,8 +209,8 @@ FAMILIES: Mapping[str, FamilySpec] = {
     "qwen3": replace(_LLAMA, attention=_NORMED),
     "qwen3_moe": replace(_MIXTRAL, attention=_NORMED, mlps=(_GATED, _EXPERTS)),
     "smollm3": _LLAMA,
-    "stablelm": _LLAMA,
-    "starcoder2": replace(_LLAMA, mlps=(MLP("mlp.c_fc", "mlp.c_proj"),)),
+    "stablelm": replace(_LLAMA, norm="layer"),
+    "starcoder2": replace(_LLAMA, mlps=(MLP("mlp.c_fc", "mlp.c_proj"),), norm="layer"),
 }
 """Roles by `model_type`."""
 
