@@ -406,7 +406,10 @@ class Reshaped:
 
 
 class Reshaper(Method[Options]):
-    """Makes a smaller dense model of a model. `needs` are statistics that it asks `context.visit` or `flows` for."""
+    """Makes a smaller dense model of a model. `needs` are statistics that it asks the context for."""
+
+    sums_of: ClassVar[Literal["linears", "stream"]] = "linears"
+    """What its gram matrices are of: the inputs of all linears of a block, or the residual stream."""
 
     @abstractmethod
     def check(self, anatomy: Anatomy) -> None:

@@ -148,9 +148,12 @@ def _statistics_bytes(plan: StagePlan) -> int:
 
 def _reshape_bytes(plan: ReshapePlan) -> int:
     """Return the memory of the largest block's gram matrices, and of solving with the largest one; 0 without any."""
+    nbytes = registry.load("stats", "gram").nbytes
+    if plan.reshaper.sums_of == "stream":
+        hidden = int(getattr(plan.anatomy.model.config, "hidden_size", 0) or 0)
+        return (2 + FACTOR_COPIES) * int(nbytes(hidden))
     if "gram" not in plan.reshaper.needs:
         return 0
-    nbytes = registry.load("stats", "gram").nbytes
     inputs = _inputs(plan.anatomy.linears)
     summed: int = max(sum(map(nbytes, widths)) for widths in inputs)
     return summed + FACTOR_COPIES * int(nbytes(max(map(max, inputs))))

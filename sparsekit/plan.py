@@ -238,6 +238,21 @@ def check_tokens(plan: StagePlan, tokens: int, *, where: str) -> tuple[str, ...]
     return tuple(notes)
 
 
+def check_reshape_tokens(plan: ReshapePlan, tokens: int, *, where: str) -> None:
+    """Refuse fewer calibration tokens than a reshaper must have.
+
+    Raises:
+        TooFewTokens: with both numbers.
+    """
+    needed = plan.reshaper.tokens(plan.anatomy) if plan.needs_data else 0
+    if tokens < needed:
+        raise TooFewTokens(
+            f"{plan.stage.method} needs at least {needed} tokens, got {tokens}",
+            where=f"{where}.method",
+            hint="Raise calibration.samples or sequence_length; ten times as many give good results.",
+        )
+
+
 def check_probes(plan: StagePlan | ReshapePlan, samples: int, sequence_length: int, *, where: str) -> None:
     """Refuse calibration text that is less than what losses, gradients or predictions are computed on.
 

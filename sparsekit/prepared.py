@@ -13,7 +13,15 @@ from sparsekit.errors import PlanError
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.source import ModelSource, open_model
 from sparsekit.pattern import Block
-from sparsekit.plan import ReshapePlan, StagePlan, check_probes, check_tokens, plan_reshape, plan_stage
+from sparsekit.plan import (
+    ReshapePlan,
+    StagePlan,
+    check_probes,
+    check_reshape_tokens,
+    check_tokens,
+    plan_reshape,
+    plan_stage,
+)
 from sparsekit.progress import Silent
 from sparsekit.recipe.nulls import null_recipe
 from sparsekit.recipe.schema import Recipe
@@ -77,6 +85,8 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
     samples = spec.samples if any(plan.needs_data for plan in _all(reshapes, plans)) else 0
     for position, probed in enumerate(_all(reshapes, plans)):
         check_probes(probed, samples, length, where=f"stages.{position}")
+    for position, reshape in enumerate(reshapes):
+        check_reshape_tokens(reshape, samples * length, where=f"stages.{position}")
     notes = tuple(
         note
         for position, plan in enumerate(plans, first)

@@ -17,8 +17,8 @@ from sparsekit.errors import UnsupportedFamily
 Part = Literal["attention", "mlp"]
 """A branch of a block."""
 Norm = Literal["rms", "rms_plus_one", "layer", "layer_plus_one"]
-"""What divides the residual stream: its root mean square, or, `layer`, its deviation from its mean; scaled by the norm's
-weight or one more than that."""
+"""What the residual stream is divided by: its root mean square, or, `layer`, its deviation from its mean. The result is
+scaled by the norm's weight, or by one more than that."""
 
 
 @dataclass(frozen=True)

@@ -43,5 +43,6 @@ def variant(model: Any, changes: Mapping[str, JSON], shapes: Shapes) -> Any:
 
 
 def parameters(model: Any) -> int:
-    """Return the number of a model's parameters, those that several modules share counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Return the number of a model's parameters, those that are tied to others not counted; on meta none are shared."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)

@@ -1,0 +1,127 @@
+"""Orthonormal bases of the residual stream: what a narrower stream keeps of it.
+
+A norm divides by the length of its input and by nothing else, so a stream that is turned by an orthogonal matrix is
+divided by the same number: turned weights undo the turn, exactly. Directions left out make the length too small by what
+the stream had along them, which principal components make least. The narrow stream z is scaled so that a norm, which
+takes the mean over fewer entries, still divides by what it divided by: |z|^2 / width = |x|^2 / hidden.
+
+A norm that subtracts the mean (LayerNorm) sees only what is orthogonal to the all-ones vector. Its narrow stream must
+have mean zero too: its principal components are found among centred vectors, one fewer than the width, and turned into
+the hyperplane of mean zero.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparsekit.errors import NumericalError
+from sparsekit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A narrower stream z [..., width] for a stream x [..., hidden]: z = scale x C; x is taken to be z C^T / scale.
+
+    Attributes:
+        columns: C [hidden, width] float64; C C^T is the projection on what is kept.
+        scale: sqrt(width / hidden).
+    """
+
+    columns: Tensor
+
+    @property
+    def scale(self) -> float:
+        """What z is multiplied by."""
+        hidden, width = self.columns.shape
+        return math.sqrt(width / hidden)
+
+    @property
+    def width(self) -> int:
+        """Entries of z."""
+        return int(self.columns.shape[1])
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return what is kept of `x: [..., hidden]`, in its own space and dtype."""
+        columns = self.columns.to(torch.promote_types(x.dtype, torch.float32))
+        kept: Tensor = (x.to(columns.dtype) @ columns) @ columns.T
+        return kept.to(x.dtype)
+
+
+def principal_basis(gram: Tensor, width: int, *, centred: bool = False) -> Basis:
+    """Return the basis that keeps most of the vectors summed in a gram matrix.
+
+    Args:
+        gram: X^T X [hidden, hidden] float64 of vectors x.
+        width: Entries of the narrow stream, at most hidden.
+        centred: The norms subtract the mean.
+
+    Raises:
+        NumericalError: The decomposition fails.
+    """
+    hidden = len(gram)
+    kept = width
+    if centred:
+        mean = torch.ones(hidden, 1, dtype=gram.dtype) / math.sqrt(hidden)
+        gram = gram - mean @ (mean.T @ gram)
+        gram = gram - (gram @ mean) @ mean.T
+        gram = gram - _above(gram) * (mean @ mean.T)  # the all-ones vector comes last
+        kept = width - 1
+    try:
+        _, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    except RuntimeError as error:
+        raise NumericalError(f"the principal components of the residual stream were not found: {error}") from error
+    columns = vectors.flip(1)[:, :kept]
+    largest = columns.abs().argmax(dim=0)
+    columns = columns * torch.sign(columns[largest, torch.arange(kept)])  # a sign that does not depend on the machine
+    return Basis(columns @ _mean_zero(width).T if centred else columns)
+
+
+def random_orientation(basis: Basis, seed: int, *, centred: bool = False) -> Basis:
+    """Return a basis of the same space, turned at random.
+
+    Args:
+        basis: What is kept.
+        seed: Of the turn.
+        centred: The norms subtract the mean.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = basis.width - centred
+    turn, upper = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    turn = turn * torch.sign(upper.diagonal())
+    if centred:
+        plane = _mean_zero(basis.width)
+        turn = plane @ turn @ plane.T
+    return Basis(basis.columns @ turn)
+
+
+def shortcut(before: Basis | None, after: Basis | None) -> Tensor:
+    """Return the matrix [width after, width before] float64 that carries a stream from one basis to the next.
+
+    None is the stream as it was; not both are None.
+    """
+    if before is None:
+        assert after is not None  # noqa: S101  (nothing to carry over)
+        return after.scale * after.columns.T
+    if after is None:
+        return before.columns / before.scale
+    return (after.scale / before.scale) * (after.columns.T @ before.columns)
+
+
+def _mean_zero(width: int) -> Tensor:
+    """Return an orthonormal basis [width, width - 1] of the vectors of mean zero: Helmert's contrasts."""
+    contrasts = torch.zeros(width, width - 1, dtype=torch.float64)
+    for column in range(1, width):
+        length = math.sqrt(column * (column + 1))
+        contrasts[:column, column - 1] = 1 / length
+        contrasts[column, column - 1] = -column / length
+    return contrasts
+
+
+def _above(gram: Tensor) -> float:
+    """Return a number above all eigenvalues of a gram matrix."""
+    return 1.0 + float(gram.diagonal().sum())
