@@ -41,7 +41,7 @@ from sparsekit.models.slicing import plain_config, sliced_parameters, untied
 from sparsekit.models.structure import find_stack
 from sparsekit.rng import derive
 from sparsekit.solve.rotate import Rotation
-from sparsekit.solve.rotation import Basis, principal_basis, random_orientation
+from sparsekit.solve.rotation import Basis, principal_basis, random_orientation, refitted
 from sparsekit.stats.gram import Gram
 
 if TYPE_CHECKING:
@@ -64,7 +64,10 @@ class SliceGPTOptions(MethodOptions):
     multiple: int = Field(default=8, ge=1, description="widths are rounded down to a multiple of it")
     slice_head: bool = Field(default=False, description="per_block: cut what the head reads too")
     weigh: Literal["tokens", "energy"] = Field(
-        default="energy", description="whether tokens count alike, or by their length as published"
+        default="tokens", description="whether tokens count alike, as norms see them, or by their length as published"
+    )
+    refit: bool = Field(
+        default=True, description="readers make up for what is cut, as far as the rest tells it; published: false"
     )
     orientation: Literal["pca", "random"] = Field(
         default="pca", description="components in order, or turned at random (seeded)"
@@ -134,7 +137,7 @@ class SliceGPT(Reshaper[SliceGPTOptions]):
         widths, files = self._widths(anatomy, stream), plan["files"]
         assert isinstance(files, dict)  # noqa: S101  (a plan that `plan` has made)
         config, shapes = self._shapes(anatomy, stream, widths)
-        bases = _Bases(folder / "bases", files, widths, shared=self.options.rotation == "global")
+        bases = _Bases(folder / "bases", files, widths)
         stack = find_stack(anatomy.model)
         prefixes = [stack.prefix(block) for block in range(anatomy.blocks)]
         rescaled = stream.scaled and shapes.stream is None
@@ -233,19 +236,34 @@ class SliceGPT(Reshaper[SliceGPTOptions]):
         self, context: ReshapeContext, stream: Residual, widths: Sequence[int | None]
     ) -> Iterator[tuple[int, Basis]]:
         """Yield the one basis: of the streams of the dense model, at all places together."""
-        grams: list[Gram] = []
+        total: Gram | None = None
+        for _, gram in self._streams(context, stream):
+            if total is None:
+                total = gram
+            else:
+                total.merge(gram)
+        width = widths[0]
+        assert total is not None  # noqa: S101  (a model has blocks)
+        assert width is not None  # noqa: S101  (the head's place is cut with the others)
+        basis = self._basis(total.matrix, width, stream, 0)
+        if self.options.refit:
+            for number, gram in self._streams(context, stream):
+                yield number, ranks.share(partial(refitted, basis, gram.matrix))
+        else:
+            yield from ((number, basis) for number in range(len(widths)))
+
+    def _streams(self, context: ReshapeContext, stream: Residual) -> Iterator[tuple[int, Gram]]:
+        """Walk the dense model once; yield the gram matrix of the stream at each place."""
+        number = 0
         for block in context.blocks():
             _, *inner = _norms(context, stream, block)
-            grams.append(_gram(block.inputs(self._stat)))
             behind = [""] if block.index == context.anatomy.blocks - 1 else []
+            yield number, _gram(block.inputs(self._stat))
             found = block.observe([*inner, *behind], self._stat) if inner or behind else {}
-            grams += [_gram(found[path]) for path in (*inner, *behind)]
-            for other in grams[1:]:
-                grams[0].merge(other)
-            del grams[1:]
-        width = widths[0]
-        assert width is not None  # noqa: S101  (the head's place is cut with the others)
-        yield 0, self._basis(grams[0].matrix, width, stream, 0)
+            for path in (*inner, *behind):
+                number += 1
+                yield number, _gram(found[path])
+            number += 1
 
     def _bases(
         self, context: ReshapeContext, stream: Residual, widths: Sequence[int | None]
@@ -275,8 +293,8 @@ class SliceGPT(Reshaper[SliceGPTOptions]):
 class _Bases(Sequence["Basis | None"]):
     """The bases of all places, read when they are asked for."""
 
-    def __init__(self, folder: Path, files: Mapping[str, JSON], widths: Sequence[int | None], *, shared: bool) -> None:
-        self._folder, self._files, self._widths, self._shared = folder, files, widths, shared
+    def __init__(self, folder: Path, files: Mapping[str, JSON], widths: Sequence[int | None]) -> None:
+        self._folder, self._files, self._widths = folder, files, widths
 
     def __len__(self) -> int:
         return len(self._widths)
@@ -291,7 +309,7 @@ class _Bases(Sequence["Basis | None"]):
         number = range(len(self))[number]
         if self._widths[number] is None:
             return None
-        return _read(self._folder, 0 if self._shared else number, self._files)
+        return _read(self._folder, number, self._files)
 
 
 def _project_sum(
@@ -344,7 +362,7 @@ def _spread(schedule: Sequence[float], blocks: int) -> list[float]:
 
 def _write(folder: Path, number: int, basis: Basis) -> str:
     fs.make_folder(folder)
-    data = encode({"columns": to_raw(basis.columns)}, {})
+    data = encode({"columns": to_raw(basis.columns), "back": to_raw(basis.back)}, {})
     return fs.replace_file(_path(folder, number), data).sha256
 
 
@@ -354,7 +372,7 @@ def _read(folder: Path, number: int, files: Mapping[str, JSON]) -> Basis:
     path = _path(folder, number)
     if fs.sha256_file(path).sha256 != files[str(number)]:
         raise ChecksumError("not what was written", where=str(path), hint="Run with --no-resume.")
-    return Basis(load_file(path)["columns"])
+    return Basis(**load_file(path))
 
 
 def _path(folder: Path, number: int) -> Path:

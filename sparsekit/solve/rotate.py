@@ -1,7 +1,7 @@
 """The parameters of a model whose residual stream lies in other bases.
 
 A norm's scales move into what reads it (W diag(g)), and so do its shifts, where a reader has a bias (b + W s). What is
-left divides by the length of its input, which no rotation changes: readers become W diag(g) C / scale, writers
+left divides by the length of its input, which no rotation changes: readers become W diag(g) B / scale, writers
 scale C^T W, embeddings E C scale. What reads a shift without having a bias gets it from the one direction that a norm
 which subtracts the mean leaves empty: the norm's new shift is 1 everywhere, and W s / width is added to every column.
 
@@ -76,7 +76,7 @@ class Rotation:
         if first is not None:
             for matrix in self.residual.embeddings:
                 weight = model.get_parameter(matrix.name).data
-                found[matrix.name] = _turned(weight, matrix.axis, first.columns * (first.scale * self.embedding))
+                found[matrix.name] = turned(weight, matrix.axis, first.columns * (first.scale * self.embedding))
         return found
 
     def _reading(self, model: Any, branch: Branch, basis: Basis | None) -> dict[str, Tensor]:
@@ -91,18 +91,18 @@ class Rotation:
         by_mean = shifts is not None and any(reader.bias is None for reader in branch.readers)
         if shifts is not None:
             found[f"{branch.norm}.bias"] = torch.full((basis.width,), float(by_mean), dtype=norm.bias.dtype)
-        into = scales[:, None] * basis.columns / basis.scale
+        into = scales[:, None] * basis.back / basis.scale
         for reader in branch.readers:
             weight = model.get_parameter(reader.name).data
             added = None
             if shifts is not None:
-                shifted = _turned(weight, reader.axis, shifts[:, None]).select(reader.axis, 0)
+                shifted = turned(weight, reader.axis, shifts[:, None]).select(reader.axis, 0)
                 if by_mean:
                     added = shifted / basis.width
                 elif reader.bias is not None:
                     found[reader.bias] = model.get_parameter(reader.bias).data + shifted
-            turned = _turned(weight, reader.axis, into)
-            found[reader.name] = turned if added is None else turned + added.unsqueeze(reader.axis)
+            read = turned(weight, reader.axis, into)
+            found[reader.name] = read if added is None else read + added.unsqueeze(reader.axis)
         return found
 
 
@@ -111,13 +111,13 @@ def _writing(model: Any, writer: Matrix, basis: Basis | None) -> dict[str, Tenso
     if basis is None:
         return {}
     out = basis.columns * basis.scale
-    found = {writer.name: _turned(model.get_parameter(writer.name).data, writer.axis, out)}
+    found = {writer.name: turned(model.get_parameter(writer.name).data, writer.axis, out)}
     if writer.bias is not None:
-        found[writer.bias] = _turned(model.get_parameter(writer.bias).data, -1, out)
+        found[writer.bias] = turned(model.get_parameter(writer.bias).data, -1, out)
     return found
 
 
-def _turned(weight: Tensor, axis: int, by: Tensor) -> Tensor:
+def turned(weight: Tensor, axis: int, by: Tensor) -> Tensor:
     """Return `weight` with an axis [hidden] multiplied by `by: [hidden, width]`, in the weight's dtype."""
     dtype = torch.float32 if weight.element_size() < 4 else torch.float64
     moved = weight.movedim(axis, -1)

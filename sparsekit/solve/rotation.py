@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Basis:
-    """A narrower stream z [..., width] for a stream x [..., hidden]: z = scale x C; x is taken to be z C^T / scale.
+    """A narrower stream z [..., width] for a stream x [..., hidden]: z = scale x C; x is taken to be z B^T / scale.
 
     Attributes:
         columns: C [hidden, width] float64; C C^T is the projection on what is kept.
-        scale: sqrt(width / hidden).
+        back: B [hidden, width] float64; C itself where what is left out cannot be told from what is kept.
     """
 
     columns: Tensor
+    back: Tensor
 
     @property
     def scale(self) -> float:
@@ -78,7 +79,29 @@ def principal_basis(gram: Tensor, width: int, *, centred: bool = False) -> Basis
     columns = vectors.flip(1)[:, :kept]
     largest = columns.abs().argmax(dim=0)
     columns = columns * torch.sign(columns[largest, torch.arange(kept)])  # a sign that does not depend on the machine
-    return Basis(columns @ _mean_zero(width).T if centred else columns)
+    columns = columns @ _mean_zero(width).T if centred else columns
+    return Basis(columns, columns)
+
+
+def refitted(basis: Basis, gram: Tensor, *, damping: float = 1e-4) -> Basis:
+    """Return a basis of the same columns from which the vectors of another gram matrix are told best.
+
+    B = G C (C^T G C)^-1 is the least squares solution of x = B C^T x. It differs from C where the vectors are not those
+    whose principal components C holds: what they have along the directions left out goes with what is kept.
+
+    Args:
+        basis: What is kept.
+        gram: X^T X [hidden, hidden] float64 of the vectors that are to be told.
+        damping: Added to the diagonal of C^T G C, as a share of its mean.
+    """
+    kept = basis.columns.T @ gram @ basis.columns
+    kept.diagonal().add_(damping * kept.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(kept)
+    if failed:
+        raise NumericalError("the narrow residual stream has a gram matrix that is not positive definite")
+    # What C keeps comes back as it is; only the rest is fitted.
+    rest = gram @ basis.columns - basis.columns @ (basis.columns.T @ gram @ basis.columns)
+    return Basis(basis.columns, basis.columns + torch.cholesky_solve(rest.T, factor).T)
 
 
 def random_orientation(basis: Basis, seed: int, *, centred: bool = False) -> Basis:
@@ -96,7 +119,7 @@ def random_orientation(basis: Basis, seed: int, *, centred: bool = False) -> Bas
     if centred:
         plane = _mean_zero(basis.width)
         turn = plane @ turn @ plane.T
-    return Basis(basis.columns @ turn)
+    return Basis(basis.columns @ turn, basis.back @ turn)
 
 
 def shortcut(before: Basis | None, after: Basis | None) -> Tensor:
@@ -108,8 +131,8 @@ def shortcut(before: Basis | None, after: Basis | None) -> Tensor:
         assert after is not None  # noqa: S101  (nothing to carry over)
         return after.scale * after.columns.T
     if after is None:
-        return before.columns / before.scale
-    return (after.scale / before.scale) * (after.columns.T @ before.columns)
+        return before.back / before.scale
+    return (after.scale / before.scale) * (after.columns.T @ before.back)
 
 
 def _mean_zero(width: int) -> Tensor:
