@@ -68,8 +68,9 @@ def plain_config(model: Any, residual: Residual, shapes: Shapes, width: int) -> 
         "tie_word_embeddings": False,
     }
     try:
+        type(config).from_dict({**config.to_dict(), **changes})
         built = variant(model, changes, shapes)
-    except (ValueError, RuntimeError, ZeroDivisionError):  # what architectures raise for sizes that they cannot have
+    except Exception:  # configurations and architectures refuse sizes with all kinds of errors
         return None
     found = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
     return changes if found == sliced_sizes(model, residual, [width] * len(residual.places)) else None

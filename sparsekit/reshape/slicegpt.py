@@ -222,7 +222,7 @@ class SliceGPT(Reshaper[SliceGPTOptions]):
 
     def _basis(self, gram: Tensor, width: int, stream: Residual, number: int) -> Basis:
         """Return the basis of a place, the same on all ranks."""
-        centred = stream.norm.startswith("layer")
+        centred = _centred(stream)
 
         def find() -> Basis:
             basis = principal_basis(gram, width, centred=centred)
@@ -248,7 +248,7 @@ class SliceGPT(Reshaper[SliceGPTOptions]):
         basis = self._basis(total.matrix, width, stream, 0)
         if self.options.refit:
             for number, gram in self._streams(context, stream):
-                yield number, ranks.share(partial(refitted, basis, gram.matrix))
+                yield number, ranks.share(partial(refitted, basis, gram.matrix, centred=_centred(stream)))
         else:
             yield from ((number, basis) for number in range(len(widths)))
 
@@ -339,6 +339,10 @@ def _norms(context: ReshapeContext, stream: Residual, block: OpenBlock) -> list[
     """Return a norm of each place of a block, relative to the block."""
     prefix = f"{context.anatomy.prefix}.{block.index}."
     return [place.branches[0].norm.removeprefix(prefix) for _, place in stream.of_block(block.index)]
+
+
+def _centred(stream: Residual) -> bool:
+    return stream.norm.startswith("layer")
 
 
 def _gram(stat: object) -> Gram:

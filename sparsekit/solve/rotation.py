@@ -67,10 +67,8 @@ def principal_basis(gram: Tensor, width: int, *, centred: bool = False) -> Basis
     hidden = len(gram)
     kept = width
     if centred:
-        mean = torch.ones(hidden, 1, dtype=gram.dtype) / math.sqrt(hidden)
-        gram = gram - mean @ (mean.T @ gram)
-        gram = gram - (gram @ mean) @ mean.T
-        gram = gram - _above(gram) * (mean @ mean.T)  # the all-ones vector comes last
+        gram = _centred(gram)
+        gram = gram - (1.0 + float(gram.diagonal().sum())) / hidden  # the all-ones vector comes last
         kept = width - 1
     try:
         _, vectors = torch.linalg.eigh((gram + gram.T) / 2)
@@ -83,7 +81,7 @@ def principal_basis(gram: Tensor, width: int, *, centred: bool = False) -> Basis
     return Basis(columns, columns)
 
 
-def refitted(basis: Basis, gram: Tensor, *, damping: float = 1e-4) -> Basis:
+def refitted(basis: Basis, gram: Tensor, *, centred: bool = False, damping: float = 1e-4) -> Basis:
     """Return a basis of the same columns from which the vectors of another gram matrix are told best.
 
     B = G C (C^T G C)^-1 is the least squares solution of x = B C^T x. It differs from C where the vectors are not those
@@ -92,8 +90,10 @@ def refitted(basis: Basis, gram: Tensor, *, damping: float = 1e-4) -> Basis:
     Args:
         basis: What is kept.
         gram: X^T X [hidden, hidden] float64 of the vectors that are to be told.
+        centred: The norms subtract the mean, so that nothing is to be told of it.
         damping: Added to the diagonal of C^T G C, as a share of its mean.
     """
+    gram = _centred(gram) if centred else gram
     kept = basis.columns.T @ gram @ basis.columns
     kept.diagonal().add_(damping * kept.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(kept)
@@ -145,6 +145,7 @@ def _mean_zero(width: int) -> Tensor:
     return contrasts
 
 
-def _above(gram: Tensor) -> float:
-    """Return a number above all eigenvalues of a gram matrix."""
-    return 1.0 + float(gram.diagonal().sum())
+def _centred(gram: Tensor) -> Tensor:
+    """Return the gram matrix of the same vectors, each less its mean."""
+    less = gram - gram.mean(dim=0, keepdim=True)
+    return less - less.mean(dim=1, keepdim=True)
