@@ -395,6 +395,7 @@ class Reshaped:
             or columns with the others are cut, before those of `linears` are replaced.
         tensors: Called with an old block's number while it is loaded in the anatomy's model, or with None while all
             outside the blocks is: parameters by name, as they are to be, or new ones. None: nothing is changed so.
+        notes: What the user should know of it.
     """
 
     blocks: tuple[int, ...]
@@ -403,6 +404,7 @@ class Reshaped:
     linears: Callable[[int], Mapping[str, NewLinear]] = lambda block: {}
     kept: Callable[[int], Kept] = lambda block: Kept()
     tensors: Callable[[int | None], Mapping[str, Tensor]] | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Reshaper(Method[Options]):

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekit import budget as budgets
 from sparsekit import ranks, registry
+from sparsekit.checkpoint.shapes import Shapes
 from sparsekit.contracts import Allocator, Anatomy, LayerPruner, LinearInfo, MaskRefiner, Reshaper, WeightUpdate
 from sparsekit.errors import LowCoverage, OutOfMemory, PlanError, TooFewTokens
+from sparsekit.lazy import torch
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.shapes import parameters, variant
 from sparsekit.pattern import NM, Pattern, parse_pattern
@@ -101,6 +103,7 @@ class ReshapePlan:
         reshaper: The method, with its options.
         anatomy: The model's.
         before, after: Parameters of the model now, and as it will be; None where that depends on the text.
+        notes: What the user should know before it runs.
     """
 
     stage: ReshapeStage
@@ -108,6 +111,7 @@ class ReshapePlan:
     anatomy: Anatomy
     before: int
     after: int | None
+    notes: tuple[str, ...] = ()
 
     @property
     def needs_data(self) -> bool:
@@ -129,17 +133,30 @@ def plan_reshape(model: LazyModel, stage: ReshapeStage, seed: int, *, where: str
     except PlanError as error:
         error.where = f"{where}.{error.where}" if error.where else where
         raise
-    before, after = parameters(model.module), None
-    if (outline := reshaper.outline(anatomy)) is not None:
-        shapes = anatomy.shapes if outline.shapes is None else outline.shapes
-        after = parameters(variant(model.module, outline.config, shapes))
-        if after >= before and not reshaper.grows:
-            raise PlanError(
-                f"the model would have {after:,} parameters, now it has {before:,}: no saving",
-                where=where,
-                hint="Take more away, or set allow_growth: true in the stage.",
-            )
-    return ReshapePlan(stage, reshaper, anatomy, before, after)
+    before = parameters(model.module)
+    if (outline := reshaper.outline(anatomy)) is None:
+        return ReshapePlan(stage, reshaper, anatomy, before, None)
+    shapes = anatomy.shapes if outline.shapes is None else outline.shapes
+    after = parameters(variant(model.module, outline.config, shapes))
+    if after >= before and not reshaper.grows:
+        raise PlanError(
+            f"the model would have {after:,} parameters, now it has {before:,}: no saving",
+            where=where,
+            hint="Take more away, or set allow_growth: true in the stage.",
+        )
+    return ReshapePlan(
+        stage, reshaper, anatomy, before, after, (_change(stage, model, before, after, shapes), *outline.notes)
+    )
+
+
+def _change(stage: ReshapeStage, model: LazyModel, before: int, after: int, shapes: Shapes) -> str:
+    """Say what a stage makes of the size of a model, and who loads the result."""
+    item = torch.empty(0, dtype=model.dtype).element_size()
+    who = "plain transformers loads it" if shapes.plain else "it loads where sparsekit is imported"
+    return (
+        f"{stage.method}: {before:,} parameters become {after:,} ({after / before - 1:+.1%}), "
+        f"{bytes_text(before * item)} become {bytes_text(after * item)}; {who}"
+    )
 
 
 def plan_stage(model: LazyModel, stage: PruneStage, seed: int, *, where: str) -> StagePlan:

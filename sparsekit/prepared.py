@@ -87,7 +87,8 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
         check_probes(probed, samples, length, where=f"stages.{position}")
     for position, reshape in enumerate(reshapes):
         check_reshape_tokens(reshape, samples * length, where=f"stages.{position}")
-    notes = tuple(
+    notes = tuple(note for reshape in reshapes for note in reshape.notes)
+    notes += tuple(
         note
         for position, plan in enumerate(plans, first)
         for note in (*plan.notes, *check_tokens(plan, samples * length, where=f"stages.{position}"))

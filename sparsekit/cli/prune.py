@@ -144,9 +144,11 @@ def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:
         render.emit_json(plan)
         return
     for change in plan["reshapes"]:
-        options = ", ".join(f"{key} {value}" for key, value in change["options"].items())
+        options = ", ".join(f"{key} {value}" for key, value in change["options"].items() if value not in (None, []))
         render.emit(f"{change['method']}: {options}")
         _show_search(change["search"])
+    for note in plan["notes"]:
+        render.emit(note)
     if plan["reshapes"] and plan["stages"]:
         render.emit("What follows is pruned of what is left; its plan is shown for the whole model.")
     for stage in plan["stages"]:

@@ -19,6 +19,7 @@ Numbers: Llama-2-7B, WikiText-2, 20 / 25 / 30 % of the width: 6.64, 7.24, 8.12, 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -115,8 +116,10 @@ class SliceGPT(Reshaper[SliceGPTOptions]):
     def outline(self, anatomy: Anatomy) -> Reshaped:
         """The shapes follow from the options alone."""
         stream = self._residual(anatomy)
-        config, shapes = self._shapes(anatomy, stream, self._widths(anatomy, stream))
-        return Reshaped(tuple(range(anatomy.blocks)), config, shapes)
+        widths = self._widths(anatomy, stream)
+        config, shapes = self._shapes(anatomy, stream, widths)
+        notes = () if shapes.stream is None else self._nearest_plain(anatomy, stream, widths[0] or 0)
+        return Reshaped(tuple(range(anatomy.blocks)), config, shapes, notes=notes)
 
     def plan(self, context: ReshapeContext) -> dict[str, JSON]:
         """Find the bases and write each into a file of the context's folder."""
@@ -219,6 +222,17 @@ class SliceGPT(Reshaper[SliceGPTOptions]):
                 return plain, anatomy.shapes
         each = [width or hidden for width in widths]
         return untied(each, shortcuts=self.options.rotation == "per_block", shapes=anatomy.shapes)
+
+    def _nearest_plain(self, anatomy: Anatomy, stream: Residual, width: int) -> tuple[str, ...]:
+        """Say which narrower stream plain transformers loads: most architectures want a multiple of their heads."""
+        step = math.lcm(self.options.multiple, int(anatomy.model.config.num_attention_heads))
+        nearest = width // step * step
+        if self.options.rotation != "global" or not nearest:
+            return ()
+        if plain_config(anatomy.model, stream, anatomy.shapes, nearest) is None:
+            return ()
+        name = type(anatomy.model).__name__
+        return (f"plain transformers builds no {name} of width {width}, but one of {nearest} (multiple: {step})",)
 
     def _basis(self, gram: Tensor, width: int, stream: Residual, number: int) -> Basis:
         """Return the basis of a place, the same on all ranks."""

@@ -186,7 +186,8 @@ def test_a_random_orientation_computes_the_same(wide, tmp_path):
 def test_a_sliced_model_is_pruned_by_the_next_stage(wide, tmp_path):
     recipe = tmp_path / "chain.yaml"
     recipe.write_text(
-        "sparsekit: 1\nname: chain\ndescription: two stages\ncalibration: {source: builtin, samples: 4, sequence_length: 32}\nstages:\n"
+        "sparsekit: 1\nname: chain\ndescription: two stages\n"
+        "calibration: {source: builtin, samples: 4, sequence_length: 32}\nstages:\n"
         "  - {stage: reshape, method: slicegpt, width: 0.25}\n  - {stage: prune, method: wanda, sparsity: 0.5}\n"
     )
     prepared = prepare(load_recipe(str(recipe), []), open_model(str(wide), Silent()))
