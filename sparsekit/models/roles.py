@@ -72,6 +72,8 @@ class FamilySpec:
         final_norm, head: What reads the residual stream behind the blocks.
         norm: What all norms of the residual stream are.
         scaled_embeddings: Embeddings are multiplied by the root of the stream's width.
+        same_ends: The model's code takes the stream behind the last block to be as wide as in front of the first.
+        shortcuts: The stream and a branch are added by the block itself, which returns the sum and nothing else.
     """
 
     attention: Attention
@@ -85,6 +87,8 @@ class FamilySpec:
     head: str = "lm_head"
     norm: Norm = "rms"
     scaled_embeddings: bool = False
+    same_ends: bool = False
+    shortcuts: bool = True
 
     def branch(self, part: Part, names: Collection[str]) -> dict[str, bool]:
         """Return those of a block's linears that are its attention or its MLPs, and whether each ends its branch.
@@ -143,6 +147,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
         "ln_1",
         "ln_2",
         norm="layer",
+        same_ends=True,
     ),
     "gpt_neox": FamilySpec(
         _fused("attention.query_key_value", "attention.dense", "heads"),
@@ -160,6 +165,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
         "ln_1",
         "ln_1",
         norm="layer",
+        shortcuts=False,
     ),
     "granite": _LLAMA,
     "llama": _LLAMA,
@@ -173,6 +179,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
         "norm_1",
         "norm_2",
         norm="layer",
+        shortcuts=False,
     ),
     "nemotron": replace(_LLAMA, mlps=(replace(_GATED, gate=None),), norm="layer_plus_one"),
     "olmo2": replace(

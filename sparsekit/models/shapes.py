@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.checkpoint.shapes import Shapes
+from sparsekit.models.sliced import slice_shapes
 from sparsekit.models.structure import Stack, find_stack
 from sparsekit.models.widths import narrow
 
@@ -21,6 +22,8 @@ def give_shapes(model: Any, stack: Stack, shapes: Shapes) -> None:
     """
     if shapes.blocks:
         narrow(model, stack, shapes.blocks)
+    if shapes.stream is not None:
+        slice_shapes(model, stack, shapes.stream)
 
 
 def variant(model: Any, changes: Mapping[str, JSON], shapes: Shapes) -> Any:

@@ -12,37 +12,7 @@ from sparsekit.checkpoint.shapes import Shapes, Stream
 from sparsekit.models.feeds import head_size
 from sparsekit.models.residual import Residual
 from sparsekit.models.shapes import variant
-
-
-def sliced_sizes(model: Any, residual: Residual, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all parameters of a model whose stream has these widths, shortcuts apart, by name.
-
-    Args:
-        model: A transformers model; its parameters may be on meta.
-        residual: Its stream.
-        widths: One for each place.
-    """
-    sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-    def give(name: str, axis: int, width: int) -> None:
-        size = [*model.get_parameter(name).shape]  # a tied head is no parameter of its own yet
-        size[axis] = width
-        sizes[name] = tuple(size)
-
-    for matrix in residual.embeddings:
-        give(matrix.name, matrix.axis, widths[0])
-    for number, place in enumerate(residual.places):
-        for branch in place.branches:
-            norm = model.get_submodule(branch.norm)
-            for name, _ in norm.named_parameters():
-                give(f"{branch.norm}.{name}", -1, widths[number])
-            for reader in branch.readers:
-                give(reader.name, reader.axis, widths[number])
-            for writer in branch.writers:
-                give(writer.name, writer.axis, widths[number + 1])
-                if writer.bias is not None:
-                    give(writer.bias, -1, widths[number + 1])
-    return sizes
+from sparsekit.models.sliced import sliced_sizes
 
 
 def sliced_parameters(model: Any, residual: Residual, widths: Sequence[int], *, shortcuts: bool) -> int:

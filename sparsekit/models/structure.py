@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+SHORTCUTS = "shortcuts"
+"""What a block calls the matrices that carry a sliced residual stream over its sums."""
+
+
 @dataclass(frozen=True)
 class Stack:
     """The decoder blocks of a model: `path` is the ModuleList's dotted name."""
@@ -35,7 +39,7 @@ class Stack:
         return find_linears(self.blocks[index], self.prefix(index), index)
 
     def matrix_weights(self) -> int:
-        """Count the weights of all matrices in the blocks, presented as linears or not; routers do not count.
+        """Count the weights of all matrices in the blocks, presented as linears or not; routers and shortcuts do not.
 
         This is the denominator of coverage: a matrix that find_linears cannot see shows as coverage below 1.
         """
@@ -45,6 +49,7 @@ class Stack:
             for skipped in (routers(block),)
             for name, parameter in block.named_parameters()
             if parameter.ndim >= 2 and parameter.numel() > max(parameter.shape) and name not in skipped
+            if not name.startswith(f"{SHORTCUTS}.")
             if not name.endswith("_bias")  # [experts, out] biases of fused experts
         )
 

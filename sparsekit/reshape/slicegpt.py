@@ -131,7 +131,9 @@ class SliceGPT(Reshaper[SliceGPTOptions]):
         files: dict[str, JSON] = {}
         for number, basis in find(context, stream, widths):
             files[str(number)] = ranks.share(partial(_write, folder, number, basis))
-        return {"widths": list(widths), "files": files}
+        read = {place.block: width for width, place in zip(widths, stream.places, strict=True) if width is not None}
+        context.facts["width"] = {str(block): float(width) for block, width in read.items() if block is not None}
+        return {"files": files}
 
     def apply(self, anatomy: Anatomy, plan: Mapping[str, JSON], folder: Path | None) -> Reshaped:
         """Turn and cut every block when it is written."""

@@ -64,18 +64,71 @@ def parameters(out):
     return sum(tensor.numel() for path in out.glob("*.safetensors") for tensor in load_file(path).values())
 
 
+def own_code(family, out):
+    """Whether plain transformers cannot build it: says config.json."""
+    return "quantization_config" in json.loads((out / "config.json").read_text())
+
+
 @pytest.mark.parametrize("family", TURNED)
 def test_a_stream_of_few_dimensions_is_sliced_at_no_cost(family, tmp_path):
     folder = low_rank(family, tmp_path / "model")
     outcome = slice_(folder, tmp_path / "out", "allow_growth=true")
-    change = outcome.report["reshapes"][0]
-    assert change["parameters_after"] == parameters(tmp_path / "out")
+    assert outcome.report["reshapes"][0]["parameters_after"] == parameters(tmp_path / "out")
     assert verify(tmp_path / "out", "semantic").problems == ()
     torch.testing.assert_close(logits(tmp_path / "out"), logits(folder), atol=2e-4, rtol=0)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert ("quantization_config" not in config) == (family in PLAIN)
+    assert own_code(family, tmp_path / "out") == (family not in PLAIN)
     if family in PLAIN:
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 24
+
+
+WHOLE_HEAD = {"gpt2", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
+"""Families whose experts write what they read, or whose code needs both ends alike: the head's place is cut too."""
+UNWIRED = {"gptj", "mpt"}
+
+
+@pytest.mark.parametrize("family", sorted(set(TURNED) - UNWIRED))
+def test_with_a_basis_for_each_place_too(family, tmp_path):
+    folder = low_rank(family, tmp_path / "model")
+    sets = ["allow_growth=true", "rotation=per_block"]
+    sets += ["slice_head=true"] if family in WHOLE_HEAD else []
+    outcome = slice_(folder, tmp_path / "out", *sets)
+    assert outcome.report["reshapes"][0]["parameters_after"] == parameters(tmp_path / "out")
+    assert verify(tmp_path / "out", "semantic").problems == ()
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(folder), atol=2e-4, rtol=0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        cached = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=True)
+        plain = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("family", sorted(UNWIRED))
+def test_blocks_that_cannot_have_shortcuts_are_refused(family, tmp_path):
+    folder = low_rank(family, tmp_path / "model")
+    with pytest.raises(UnsupportedFamily, match="cannot have shortcuts") as caught:
+        slice_(folder, tmp_path / "out", "allow_growth=true", "rotation=per_block")
+    assert "rotation: global" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("family", "message"), [("mixtral", "would read 24 and write 32"), ("gpt2", "would be 24 and 32")]
+)
+def test_ends_of_other_widths_are_refused_where_the_code_needs_them_alike(family, message, tmp_path):
+    folder = low_rank(family, tmp_path / "model")
+    with pytest.raises(UnsupportedFamily, match=message) as caught:
+        slice_(folder, tmp_path / "out", "allow_growth=true", "rotation=per_block")
+    assert "slice_head: true" in caught.value.hint
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "granite", "opt"])
+def test_every_block_may_have_a_width_of_its_own(family, tmp_path):
+    folder = low_rank(family, tmp_path / "model", rank=14)
+    sets = ["allow_growth=true", "rotation=per_block", "width=null", "schedule=[0.25, 0.5]"]
+    slice_(folder, tmp_path / "out", *sets)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    widths = config["quantization_config"]["stream"]["widths"]
+    assert widths == ([24, 16, 16, 32] if len(widths) == 4 else [24, 24, 16, 16, 16, 16, 32])
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(folder), atol=2e-4, rtol=0)
 
 
 @pytest.fixture(scope="module")
