@@ -8,8 +8,10 @@ What it does: turns the residual stream so that its directions are in the order 
 Source: Ashkboos et al. 2024, "SliceGPT: Compress Large Language Models by Deleting Rows and Columns", arXiv 2401.15024:
     computational invariance (theorem 1, equations 3 to 5), principal components (section 3.3), slicing (3.4).
 Shapes: stream [tokens, hidden] -> [tokens, width]; a shortcut [width behind, width in front].
-Cost: per block as many passes as it has places and one more; an eigendecomposition of hidden^3 per place, or one.
-Deviations: nothing is centred for models whose norms do not subtract the mean; those that do keep their norms, since
+Cost: per block as many passes as it has places and one more; an eigendecomposition of hidden^3 per place. Global: two
+    walks with two passes per block, one eigendecomposition, a solve of width^3 per place.
+Deviations: `global` is ours, and so is its refit (`solve/rotation.py`): one basis fits no place quite, and each place's
+    readers make up for what the basis lacks there. Nothing is centred for models whose norms do not subtract the mean; those that do keep their norms, since
     the stream is turned into the hyperplane of mean zero (the paper makes RMSNorms of them). The stream is scaled so
     that norms divide as before at their own eps. No damping: a multiple of the identity changes no eigenvector.
     Components are in order, not turned at random, unless `orientation: random`. Widths are multiples of 8.
@@ -49,6 +51,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_SEEN = "directions"
+"""The statistic of what readers see: a norm makes all tokens alike."""
+
+
 class SliceGPTOptions(MethodOptions):
     """Options of `slicegpt`: `width` or `params`, not both."""
 
@@ -64,11 +70,13 @@ class SliceGPTOptions(MethodOptions):
     )
     multiple: int = Field(default=8, ge=1, description="widths are rounded down to a multiple of it")
     slice_head: bool = Field(default=False, description="per_block: cut what the head reads too")
-    weigh: Literal["tokens", "energy"] = Field(
-        default="tokens", description="whether tokens count alike, as norms see them, or by their length as published"
+    weigh: Literal["tokens", "energy"] | None = Field(
+        default=None,
+        description="tokens count alike (default of global), or by their length as published (of per_block)",
     )
-    refit: bool = Field(
-        default=True, description="readers make up for what is cut, as far as the rest tells it; published: false"
+    refit: bool | None = Field(
+        default=None,
+        description="global: readers make up for what is cut, as far as the rest tells it; true if not set",
     )
     orientation: Literal["pca", "random"] = Field(
         default="pca", description="components in order, or turned at random (seeded)"
@@ -80,6 +88,8 @@ class SliceGPTOptions(MethodOptions):
         given = [name for name in ("width", "params", "schedule") if getattr(self, name) not in (None, ())]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; need one of width, params, schedule")
+        if self.rotation == "per_block" and self.refit:
+            raise ValueError("refit is for rotation: global; the components of each place tell nothing of the others")
         if self.rotation == "global" and (self.schedule or self.slice_head):
             name = "schedule" if self.schedule else "slice_head"
             raise ValueError(f"{name} is for rotation: per_block; one basis has one width")
@@ -97,7 +107,8 @@ class SliceGPT(Reshaper[SliceGPTOptions]):
     def __init__(self, options: SliceGPTOptions, seed: int) -> None:
         """Tokens count by their energy or alike."""
         super().__init__(options, seed)
-        self._stat = "gram" if options.weigh == "energy" else "directions"
+        weigh = options.weigh or ("tokens" if options.rotation == "global" else "energy")
+        self._stat = "directions" if weigh == "tokens" else "gram"
         self.needs = frozenset({self._stat})  # type: ignore[misc]
 
     @property
@@ -253,7 +264,7 @@ class SliceGPT(Reshaper[SliceGPTOptions]):
     ) -> Iterator[tuple[int, Basis]]:
         """Yield the one basis: of the streams of the dense model, at all places together."""
         total: Gram | None = None
-        for _, gram in self._streams(context, stream):
+        for _, gram in _streams(context, stream, self._stat):
             if total is None:
                 total = gram
             else:
@@ -262,24 +273,11 @@ class SliceGPT(Reshaper[SliceGPTOptions]):
         assert total is not None  # noqa: S101  (a model has blocks)
         assert width is not None  # noqa: S101  (the head's place is cut with the others)
         basis = self._basis(total.matrix, width, stream, 0)
-        if self.options.refit:
-            for number, gram in self._streams(context, stream):
+        if self.options.refit is not False:
+            for number, gram in _streams(context, stream, _SEEN):
                 yield number, ranks.share(partial(refitted, basis, gram.matrix, centred=_centred(stream)))
         else:
             yield from ((number, basis) for number in range(len(widths)))
-
-    def _streams(self, context: ReshapeContext, stream: Residual) -> Iterator[tuple[int, Gram]]:
-        """Walk the dense model once; yield the gram matrix of the stream at each place."""
-        number = 0
-        for block in context.blocks():
-            _, *inner = _norms(context, stream, block)
-            behind = [""] if block.index == context.anatomy.blocks - 1 else []
-            yield number, _gram(block.inputs(self._stat))
-            found = block.observe([*inner, *behind], self._stat) if inner or behind else {}
-            for path in (*inner, *behind):
-                number += 1
-                yield number, _gram(found[path])
-            number += 1
 
     def _bases(
         self, context: ReshapeContext, stream: Residual, widths: Sequence[int | None]
@@ -326,6 +324,20 @@ class _Bases(Sequence["Basis | None"]):
         if self._widths[number] is None:
             return None
         return _read(self._folder, number, self._files)
+
+
+def _streams(context: ReshapeContext, stream: Residual, stat: str) -> Iterator[tuple[int, Gram]]:
+    """Walk the dense model once; yield the number and a gram matrix of the stream at each place."""
+    number = 0
+    for block in context.blocks():
+        _, *inner = _norms(context, stream, block)
+        behind = [""] if block.index == context.anatomy.blocks - 1 else []
+        yield number, _gram(block.inputs(stat))
+        found = block.observe([*inner, *behind], stat) if inner or behind else {}
+        for path in (*inner, *behind):
+            number += 1
+            yield number, _gram(found[path])
+        number += 1
 
 
 def _project_sum(
