@@ -371,15 +371,17 @@ class Kept:
     Attributes:
         groups: Key-value groups, [kept] int64, ascending.
         neurons: Inputs of the down projection, [kept] int64, ascending.
+        channels: Channels of every head, [kept] int64, ascending; whole pairs where positions turn pairs.
     """
 
     groups: Tensor | None = None
     neurons: Tensor | None = None
+    channels: Tensor | None = None
 
     @property
     def all(self) -> bool:
         """Whether nothing goes."""
-        return self.groups is None and self.neurons is None
+        return self.groups is None and self.neurons is None and self.channels is None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 from sparsekit.errors import ModelError
@@ -24,13 +25,18 @@ class Widths:
     Attributes:
         groups: Key-value groups of its attention.
         neurons: Inputs of its down projection.
+        channels: Channels of a head of its attention.
+        rotary: Which pairs of channels these are, ascending, in a family that turns pairs by the position.
     """
 
     groups: int | None = None
     neurons: int | None = None
+    channels: int | None = None
+    rotary: tuple[int, ...] | None = None
 
 
 _KINDS = tuple(field.name for field in fields(Widths))
+_ALWAYS = ("groups", "neurons")  # the other kinds are written where some block has them
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,10 @@ def config_entries(shapes: Shapes, pattern: str | None = None) -> dict[str, Any]
     if pattern is not None:
         entry["pattern"] = pattern
     if any(width != Widths() for width in shapes.blocks):
-        entry["widths"] = {kind: [getattr(width, kind) for width in shapes.blocks] for kind in _KINDS}
+        listed = {kind: [getattr(width, kind) for width in shapes.blocks] for kind in _KINDS}
+        entry["widths"] = {kind: found for kind, found in listed.items() if kind in _ALWAYS or any(found)}
+        if "rotary" in entry["widths"]:
+            entry["widths"]["rotary"] = [pairs and [*pairs] for pairs in listed["rotary"]]
     if shapes.stream is not None:
         entry["stream"] = {"widths": [*shapes.stream.widths], "shortcuts": shapes.stream.shortcuts}
     return {"quantization_config": entry}
@@ -121,15 +130,24 @@ def holds_packed(quantization: object) -> bool:
 def _blocks(given: object) -> tuple[Widths, ...]:
     if given is None:
         return ()
-    if not isinstance(given, Mapping) or set(given) != {*_KINDS}:
-        raise _damaged("widths", f"need an object with {' and '.join(_KINDS)}")
-    for kind in _KINDS:
-        counts = given[kind]
-        if not isinstance(counts, list) or not all(n is None or _is_width(n) for n in counts):
-            raise _damaged("widths", f"{kind} is no list of null and positive whole numbers")
-    if len({len(given[kind]) for kind in _KINDS}) != 1:
-        raise _damaged("widths", ", ".join(f"{kind} of {len(given[kind])} blocks" for kind in _KINDS))
-    return tuple(Widths(*counts) for counts in zip(*(given[kind] for kind in _KINDS), strict=True))
+    if not isinstance(given, Mapping) or not {*_ALWAYS} <= set(given) <= {*_KINDS}:
+        others = [kind for kind in _KINDS if kind not in _ALWAYS]
+        raise _damaged("widths", f"need an object with {' and '.join(_ALWAYS)}, at most {' and '.join(others)} beside")
+    for kind, found in given.items():
+        form, what = (_is_pairs, "lists of ascending") if kind == "rotary" else (_is_width, "positive")
+        if not isinstance(found, list) or not all(each is None or form(each) for each in found):
+            raise _damaged("widths", f"{kind} is no list of null and {what} whole numbers")
+    kinds = [kind for kind in _KINDS if kind in given]
+    if len({len(given[kind]) for kind in kinds}) != 1:
+        raise _damaged("widths", ", ".join(f"{kind} of {len(given[kind])} blocks" for kind in kinds))
+    blocks = [dict(zip(kinds, found, strict=True)) for found in zip(*(given[kind] for kind in kinds), strict=True)]
+    for number, found in enumerate(blocks):
+        pairs = found.get("rotary")
+        if pairs is not None:
+            if found.get("channels") != 2 * len(pairs):
+                raise _damaged("widths", f"block {number} has {found.get('channels')} channels in {len(pairs)} pairs")
+            found["rotary"] = tuple(pairs)
+    return tuple(Widths(**found) for found in blocks)
 
 
 def _stream(given: object) -> Stream | None:
@@ -149,6 +167,12 @@ def _stream(given: object) -> Stream | None:
 
 def _is_width(value: object) -> bool:
     return type(value) is int and value > 0
+
+
+def _is_pairs(value: object) -> bool:
+    if not isinstance(value, list) or not value or not all(type(pair) is int and pair >= 0 for pair in value):
+        return False
+    return all(one < other for one, other in pairwise(value))
 
 
 def _damaged(key: str, problem: str) -> ModelError:

@@ -33,7 +33,9 @@ class Feed:
     sets: Tensor
 
 
-def feeds(spec: FamilySpec, config: Any, linears: Sequence[Linear], prefix: str) -> dict[str, Feed]:
+def feeds(
+    spec: FamilySpec, config: Any, linears: Sequence[Linear], prefix: str, size: int | None = None
+) -> dict[str, Feed]:
     """Return the feeds of the linears of one block that have one, by the linear's name.
 
     Args:
@@ -41,6 +43,7 @@ def feeds(spec: FamilySpec, config: Any, linears: Sequence[Linear], prefix: str)
         config: The model's configuration, for its heads.
         linears: All linears of the block.
         prefix: Dotted name of the block.
+        size: Channels of a head; None: as the configuration says.
 
     Raises:
         UnsupportedFamily: The block's linears are not those of the family, or have other shapes.
@@ -50,7 +53,7 @@ def feeds(spec: FamilySpec, config: Any, linears: Sequence[Linear], prefix: str)
     if not found or spec.attention.output not in named:
         raise UnsupportedFamily("the block lacks the linears of its family", where=prefix)
     output = named[spec.attention.output]
-    return {output.name: _attention_feed(spec.attention, config, named), **found}
+    return {output.name: _attention_feed(spec.attention, config, named, size or head_size(config)), **found}
 
 
 def reorder_inputs(linear: Linear, feed: Feed, order: Tensor) -> set[str]:
@@ -111,12 +114,11 @@ def _mlp_feed(mlp: MLP, named: Mapping[str, Linear]) -> Feed:
     return Feed(makers, channels.reshape(1, 1, width))
 
 
-def _attention_feed(attention: Attention, config: Any, named: Mapping[str, Linear]) -> Feed:
+def _attention_feed(attention: Attention, config: Any, named: Mapping[str, Linear], size: int) -> Feed:
     output = named[attention.output]
     heads = int(config.num_attention_heads)
     groups = int(getattr(config, "num_key_value_heads", None) or heads)
-    # channels of a head, query heads that read the same values; a narrower block has fewer groups, no other ones
-    size, copies = head_size(config), heads // groups
+    copies = heads // groups  # query heads that read the same values; a narrower block has fewer groups, no other ones
     width = output.info.in_features
     groups = width // (copies * size)
     if width != groups * copies * size:

@@ -31,6 +31,7 @@ class Attention:
         rows: Rows of a fused linear: `parts`: all queries, all keys, all values; `heads`: query, key and value of the
             first head, then of the next.
         head_norms: Norms of queries and keys inside a head, the same for all heads.
+        rotary: What positions turn: `halves`: pairs of channels half a head apart; `none`: nothing. None: other pairs.
     """
 
     query: str
@@ -39,6 +40,7 @@ class Attention:
     output: str
     rows: Literal["whole", "parts", "heads"] = "whole"
     head_norms: tuple[str, ...] = ()
+    rotary: Literal["halves", "none"] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,10 @@ class FamilySpec:
         return {name: ends for name in names for pattern, ends in found.items() if fnmatch.fnmatchcase(name, pattern)}
 
 
-_ATTENTION = Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_ATTENTION = Attention(
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", rotary="halves"
+)
+_IN_TURNS = replace(_ATTENTION, rotary=None)
 _NORMED = replace(_ATTENTION, head_norms=("self_attn.q_norm", "self_attn.k_norm"))
 _GATED = MLP("mlp.up_proj", "mlp.down_proj", gate="mlp.gate_proj")
 _GATE_UP = MLP("mlp.gate_up_proj", "mlp.down_proj", gate="mlp.gate_up_proj", rows="halves")
@@ -134,11 +139,16 @@ FAMILIES: Mapping[str, FamilySpec] = {
         ("transformer.word_embeddings",),  # with a norm of their own behind them
         norm="layer",
     ),
-    "cohere2": replace(_LLAMA, mlp_norm="input_layernorm", norm="layer"),
+    "cohere2": replace(_LLAMA, attention=_IN_TURNS, mlp_norm="input_layernorm", norm="layer"),
     "gemma": replace(_LLAMA, norm="rms_plus_one", scaled_embeddings=True),
     "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, attention=_NORMED),
-    "glm4": replace(_LLAMA, mlps=(_GATE_UP,), branch_norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
+    "glm4": replace(
+        _LLAMA,
+        attention=_IN_TURNS,
+        mlps=(_GATE_UP,),
+        branch_norms=("post_self_attn_layernorm", "post_mlp_layernorm"),
+    ),
     "gpt2": FamilySpec(
         _fused("attn.c_attn", "attn.c_proj", "parts"),
         (MLP("mlp.c_fc", "mlp.c_proj"),),
@@ -190,7 +200,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
     ),
     "olmoe": _MIXTRAL,
     "opt": FamilySpec(
-        replace(_ATTENTION, output="self_attn.out_proj"),
+        replace(_ATTENTION, output="self_attn.out_proj", rotary="none"),
         (MLP("fc1", "fc2"),),
         "model.decoder.final_layer_norm",
         ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
