@@ -15,9 +15,9 @@ from sparsekit import ranks
 from sparsekit.contracts import LayerPruner, LinearInfo, Stat
 from sparsekit.errors import PlanError, SparsekitError
 from sparsekit.lazy import torch
-from sparsekit.models.feeds import Feed, feeds, reorder_inputs
+from sparsekit.models.block import Block
+from sparsekit.models.feeds import Feed, reorder_inputs
 from sparsekit.models.lazy_model import LazyModel
-from sparsekit.models.roles import family
 from sparsekit.pattern import NM, Pattern
 
 
@@ -118,7 +118,8 @@ def block_feeds(model: LazyModel, index: int) -> dict[str, Feed]:
     Raises:
         UnsupportedFamily: The architecture is not listed, or the block is not as its family's are.
     """
-    return feeds(family(model.module), model.module.config, model.stack.linears(index), model.stack.prefix(index))
+    block = Block.of(model.module, model.stack, index)
+    return {block.prefix + name: feed for name, feed in block.feeds.items()}
 
 
 def fits(feed: Feed, pattern: NM) -> bool:

@@ -6,7 +6,7 @@ import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsekit.checkpoint.safetensors_file import RawTensor, TensorEntry
+from sparsekit.checkpoint.safetensors_file import RawTensor, TensorEntry, read_header
 from sparsekit.lazy import torch
 
 if TYPE_CHECKING:
@@ -27,6 +27,16 @@ def to_raw(tensor: Tensor) -> RawTensor:
     flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
     buffer: Any = flat.numpy()
     return RawTensor(name, tuple(tensor.shape), memoryview(buffer))
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Return a tensor of a safetensors file that is known to be sound, in memory of its own."""
+    raw = read_raw(path, read_header(path).tensors[name])
+    dtype = torch_dtype(raw.dtype)
+    assert dtype is not None  # noqa: S101  (this code has written the file)
+    if not raw.data.nbytes:
+        return torch.empty(raw.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(raw.data), dtype=dtype).reshape(raw.shape)
 
 
 def read_raw(path: Path, entry: TensorEntry) -> RawTensor:

@@ -107,9 +107,7 @@ class FamilySpec:
         return {name: ends for name in names for pattern, ends in found.items() if fnmatch.fnmatchcase(name, pattern)}
 
 
-_ATTENTION = Attention(
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", rotary="halves"
-)
+_ATTENTION = Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", rotary="halves")
 _IN_TURNS = replace(_ATTENTION, rotary=None)
 _NORMED = replace(_ATTENTION, head_norms=("self_attn.q_norm", "self_attn.k_norm"))
 _GATED = MLP("mlp.up_proj", "mlp.down_proj", gate="mlp.gate_proj")

@@ -1,9 +1,9 @@
-"""Blocks of different widths: fewer groups of heads and fewer neurons than the configuration says.
+"""Blocks of different widths: fewer heads, channels of heads or neurons than the configuration says.
 
 A key-value group with all its query heads is removed as a whole: rows of the query, key and value linears, columns of
-the output linear. A neuron is removed with its rows in everything that makes it and its column in the down projection.
-Which rows and columns these are follows from the table of roles. What the table cannot tell of a family is refused, so
-that no parameter is ever left behind with its old meaning.
+the output linear. A channel is removed from all heads of a block. A neuron is removed with its rows in everything that
+makes it and its column in the down projection. Which rows and columns these are follows from the table of roles. What
+the table cannot tell of a family is refused, so that no parameter is ever left behind with its old meaning.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.checkpoint.shapes import Widths
-from sparsekit.contracts import Kept
-from sparsekit.errors import ModelError, UnsupportedFamily
+from sparsekit.contracts import Kept, NewLinear
+from sparsekit.errors import ModelError
 from sparsekit.lazy import torch
-from sparsekit.models.feeds import Feed, feeds
+from sparsekit.models.block import Block, give_channels, pairs_to_channels, require_channels
 from sparsekit.models.linears import Linear
-from sparsekit.models.roles import FamilySpec, family
 from sparsekit.models.structure import Stack
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 _GROUPS = "num_key_value_heads"
 
@@ -47,8 +46,8 @@ def head_groups(model: Any, stack: Stack, index: int) -> tuple[Linear, Tensor]:
     Raises:
         UnsupportedFamily: Groups of heads cannot be removed from this family; says why.
     """
-    block = _Block.of(model, stack, index)
-    return block.named[block.spec.attention.output], _heads(block).sets.flatten(1)
+    block = Block.of(model, stack, index)
+    return block.named[block.spec.attention.output], block.heads().sets.flatten(1)
 
 
 def neurons(model: Any, stack: Stack, index: int) -> tuple[Linear, Tensor]:
@@ -62,8 +61,8 @@ def neurons(model: Any, stack: Stack, index: int) -> tuple[Linear, Tensor]:
     Raises:
         UnsupportedFamily: Neurons cannot be removed from this family; says why.
     """
-    block = _Block.of(model, stack, index)
-    return block.named[_down(block)], torch.arange(block.named[_down(block)].info.in_features)[:, None]
+    block = Block.of(model, stack, index)
+    return block.named[block.down], torch.arange(block.named[block.down].info.in_features)[:, None]
 
 
 def cuts(model: Any, stack: Stack, index: int, kept: Kept) -> tuple[Cut, ...]:
@@ -73,23 +72,27 @@ def cuts(model: Any, stack: Stack, index: int, kept: Kept) -> tuple[Cut, ...]:
         model: A transformers model; its parameters may be on meta.
         stack: Its blocks.
         index: Number of the block.
-        kept: Groups and neurons that stay.
+        kept: What stays.
 
     Raises:
         UnsupportedFamily: What is removed cannot be removed from this family; says why.
     """
-    block = _Block.of(model, stack, index)
+    block = Block.of(model, stack, index)
     found: list[Cut] = []
-    if kept.groups is not None:
-        attention, feed = block.spec.attention, _heads(block)
-        query = feed.sets[kept.groups].flatten()
-        (_, values), *_ = feed.makers
-        value = values.reshape(feed.sets.shape)[kept.groups, 0].flatten()  # one copy of what many heads read
+    if kept.groups is not None or kept.channels is not None:
+        attention = block.spec.attention
+        query, value = block.head_rows()
+        if kept.groups is not None:
+            query, value = query[kept.groups], value[kept.groups]
+        if kept.channels is not None:
+            require_channels(model, block)
+            query, value = query[..., kept.channels], value[..., kept.channels]
+        query, value = query.flatten(), value.flatten()
         rows = {attention.query: query, attention.key: value, attention.value: value}
         found += [Cut(block.named[name], rows=stay) for name, stay in rows.items()]
         found.append(Cut(block.named[attention.output], columns=query))
     if kept.neurons is not None:
-        down = _down(block)
+        down = block.down
         makers: dict[str, list[Tensor]] = {}
         for maker, rows_of in block.feeds[down].makers:
             makers.setdefault(maker.name, []).append(rows_of[kept.neurons])  # gate and up may be one linear
@@ -100,13 +103,13 @@ def cuts(model: Any, stack: Stack, index: int, kept: Kept) -> tuple[Cut, ...]:
 
 
 def narrow_block(model: Any, stack: Stack, index: int, kept: Kept) -> set[str]:
-    """Remove all other groups and neurons of a block from its parameters, and correct the sizes its modules know.
+    """Remove all other groups, channels and neurons of a block, and correct the sizes its modules know.
 
     Args:
         model: A transformers model; the block is loaded, or on meta.
         stack: Its blocks.
         index: Number of the block.
-        kept: Groups and neurons that stay.
+        kept: What stays.
 
     Returns:
         Names of the parameters that changed.
@@ -114,16 +117,44 @@ def narrow_block(model: Any, stack: Stack, index: int, kept: Kept) -> set[str]:
     Raises:
         UnsupportedFamily: As `cuts`.
     """
+    dense = Block.of(model, stack, index)
     changed = {name for cut in cuts(model, stack, index, kept) for name in _apply(cut)}
+    if kept.channels is not None:
+        give_channels(dense, kept.channels)
     if kept.groups is None:
         return changed
-    block = _Block.of(model, stack, index)
+    block = Block.of(model, stack, index)
     groups, copies, _ = block.feeds[block.spec.attention.output].sets.shape
     # Some families view their outputs by these numbers, others infer them.
     for name, count in (("num_heads", groups * copies), ("num_attention_heads", groups * copies), (_GROUPS, groups)):
         if hasattr(block.attention, name):
             setattr(block.attention, name, count)
     return changed
+
+
+def silence_rest(model: Any, stack: Stack, index: int, kept: Kept, new: Mapping[str, NewLinear]) -> None:
+    """Make a loaded block, in the shapes it has, compute what the narrow one would: all that goes becomes zero.
+
+    Args:
+        model: A transformers model.
+        stack: Its blocks.
+        index: Number of the block, which is loaded.
+        kept: What stays.
+        new: Linears as they are to be, by name, of the shapes that `kept` leaves.
+    """
+    for cut in cuts(model, stack, index, kept):
+        weight, bias = cut.linear.weight(), cut.linear.bias()
+        found = new.get(cut.linear.name)
+        rows = slice(None) if cut.rows is None else cut.rows
+        columns = slice(None) if cut.columns is None else cut.columns
+        full = torch.zeros_like(weight)
+        full[rows, columns] = weight[rows, columns] if found is None else found.weight.to(weight.dtype)
+        cut.linear.replace(full)
+        if bias is not None and cut.rows is not None:
+            whole = torch.zeros_like(bias)
+            kept_bias = None if found is None else found.bias
+            whole[rows] = bias[rows] if kept_bias is None else kept_bias.to(bias.dtype)
+            cut.linear.replace_bias(whole)
 
 
 def narrow(model: Any, stack: Stack, widths: Sequence[Widths]) -> None:
@@ -147,62 +178,9 @@ def narrow(model: Any, stack: Stack, widths: Sequence[Widths]) -> None:
         kept = Kept(
             None if groups is None else _first(groups, head_groups(model, stack, index)[1], "groups", index),
             None if neuron is None else _first(neuron, neurons(model, stack, index)[1], "neurons", index),
+            _channels(width, Block.of(model, stack, index), index),
         )
         narrow_block(model, stack, index, kept)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A block by the names that its family's roles use, relative to it."""
-
-    spec: FamilySpec
-    prefix: str
-    attention: nn.Module
-    named: Mapping[str, Linear]
-    feeds: Mapping[str, Feed]
-
-    @classmethod
-    def of(cls, model: Any, stack: Stack, index: int) -> _Block:
-        spec, prefix, linears = family(model), f"{stack.prefix(index)}.", stack.linears(index)
-        found = feeds(spec, model.config, linears, stack.prefix(index))
-        attention = stack.blocks[index].get_submodule(spec.attention.output.rpartition(".")[0])
-        named = {linear.name.removeprefix(prefix): linear for linear in linears}
-        return cls(spec, prefix, attention, named, {name.removeprefix(prefix): feed for name, feed in found.items()})
-
-
-def _heads(block: _Block) -> Feed:
-    """Return the feed of the linear behind the heads, if whole groups of heads can be removed."""
-    roles = block.spec.attention
-    output = block.prefix + roles.output
-    if roles.rows != "whole":
-        raise UnsupportedFamily(
-            f"heads cannot be removed: queries, keys and values are one linear, {roles.query}", where=output
-        )
-    known = (roles.query, roles.key, roles.value, roles.output, *roles.head_norms)
-    path = roles.output.rpartition(".")[0]
-    for name, parameter in block.attention.named_parameters():
-        if not f"{path}.{name}".startswith(tuple(f"{part}." for part in known)):
-            raise UnsupportedFamily(
-                f"heads cannot be removed: {path}.{name} {list(parameter.shape)} goes with all of them", where=output
-            )
-    feed = block.feeds[roles.output]
-    needed = {roles.query: feed.sets.numel(), roles.key: feed.makers[0][0].info.out_features}
-    for name, outputs in needed.items():
-        if name not in block.named or block.named[name].info.out_features != outputs:
-            got = f"has {block.named[name].info.out_features} outputs" if name in block.named else "is not there"
-            raise UnsupportedFamily(f"heads cannot be removed: {name} {got}, needed {outputs}", where=output)
-    return block.feeds[roles.output]
-
-
-def _down(block: _Block) -> str:
-    """Return the name of the one down projection, if there is one alone."""
-    found = [name for name in block.feeds if name != block.spec.attention.output]
-    if len(found) > 1:
-        raise UnsupportedFamily(
-            f"neurons cannot be removed: the block has {len(found)} MLPs, experts or beside experts",
-            where=block.prefix + found[0],
-        )
-    return found[0]
 
 
 def _apply(cut: Cut) -> set[str]:
@@ -227,6 +205,22 @@ def _first(count: int, sets: Tensor, what: str, index: int) -> Tensor:
     if not 1 <= count <= len(sets):
         raise _damaged(f"block {index} has {count} {what}, by the rest of the configuration it has {len(sets)}")
     return torch.arange(count)
+
+
+def _channels(width: Widths, block: Block, index: int) -> Tensor | None:
+    """Return the channels that the heads of a block have; None: all of them."""
+    if width.channels is None:
+        return None
+    size = block.heads("channels of heads").sets.shape[-1]
+    paired = block.spec.attention.rotary != "none"
+    if paired != (width.rotary is not None):
+        raise _damaged(f"block {index} {'needs' if paired else 'has no'} pairs of channels that positions turn")
+    if width.rotary is None:
+        return _first(width.channels, block.heads().sets[0, 0], "channels", index)
+    pairs = torch.tensor(width.rotary)
+    if len(pairs) * 2 != width.channels or int(pairs.max()) >= size // 2:
+        raise _damaged(f"block {index} has pairs up to {int(pairs.max())} of channels, by the rest {size // 2} pairs")
+    return pairs_to_channels(pairs, size)
 
 
 def _damaged(problem: str) -> ModelError:

@@ -41,15 +41,14 @@ from sparsekit.contracts import (
     Reshaper,
     WholeModel,
 )
-from sparsekit.errors import ChecksumError
-from sparsekit.lazy import torch
+from sparsekit.models.block_files import read_block
+from sparsekit.models.shapes import plainly
 from sparsekit.models.structure import find_stack
 from sparsekit.models.widths import head_groups, neurons
 from sparsekit.search.conduct import Search
 from sparsekit.search.grid import Grid
 from sparsekit.search.landscape import Predictions, predictions
 from sparsekit.search.layers import LayerLandscape
-from sparsekit.search.levels import read_tensor
 from sparsekit.search.options import SearchOptions
 from sparsekit.search.part_levels import folder_of, identity_of, part_levels, write_chosen
 from sparsekit.search.parts import Exchanges, Kind
@@ -135,17 +134,8 @@ class Tyr(Reshaper[TyrOptions]):
         names = {(kind.name, linear.block): linear.name for kind in self._kinds(anatomy) for linear in kind.linears}
         groups, neuron, files = (_mapping(plan.get(key, {})) for key in ("groups", "neurons", "files"))
 
-        def read(block: int) -> dict[str, torch.Tensor]:
-            path = folder / "chosen" / f"{block}.safetensors"
-            if fs.sha256_file(path).sha256 != files[str(block)]:
-                raise ChecksumError("not what was written", where=str(path), hint="Run with --no-resume.")
-            kinds = [kind for kind, found in (("groups", groups), ("neurons", neuron)) if found]
-            return {
-                f"{kind}.{part}": read_tensor(path, f"{kind}.{part}") for kind in kinds for part in ("kept", "weight")
-            }
-
         def linears(block: int) -> dict[str, NewLinear]:
-            found = read(block)
+            found = read_block(folder / "chosen", block, files)
             return {
                 names[key.removesuffix(".weight"), block]: NewLinear(weight)
                 for key, weight in found.items()
@@ -153,12 +143,13 @@ class Tyr(Reshaper[TyrOptions]):
             }
 
         def kept(block: int) -> Kept:
-            found = read(block)
+            found = read_block(folder / "chosen", block, files)
             return Kept(found.get("groups.kept"), found.get("neurons.kept"))
 
         blocks = range(anatomy.blocks)
         widths = [Widths(groups.get(str(block)), neuron.get(str(block))) for block in blocks]
-        return Reshaped(tuple(blocks), {}, anatomy.shapes.narrowed(widths), linears, kept)
+        config, shapes = plainly(anatomy.model, anatomy.shapes.narrowed(widths))
+        return Reshaped(tuple(blocks), config, shapes, linears, kept)
 
     def _kinds(self, anatomy: Anatomy) -> list[Kind]:
         """Return what can go of each block; raises UnsupportedFamily where it cannot."""

@@ -19,13 +19,13 @@ from sparsekit import fs, ranks
 from sparsekit.checkpoint.journal import Journal, JournalEntry
 from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.checkpoint.lock import Lock
-from sparsekit.checkpoint.safetensors_file import encode, read_header
+from sparsekit.checkpoint.safetensors_file import encode
 from sparsekit.checkpoint.staging import differences, run_id_of
 from sparsekit.contracts import Level, LinearInfo
 from sparsekit.errors import ChecksumError, ResumeMismatch, SparsekitError
 from sparsekit.lazy import torch
 from sparsekit.masks import zeroed
-from sparsekit.models.raw import read_raw, to_raw, torch_dtype
+from sparsekit.models.raw import read_tensor, to_raw
 from sparsekit.pattern import Pattern
 from sparsekit.search.grid import Grid
 
@@ -219,13 +219,3 @@ def _separate(dtype: torch.dtype, at: Level, pattern: Pattern, counts: list[int]
 def _bits(dtype: torch.dtype) -> torch.dtype:
     """Return the integers as wide as `dtype`: numpy has no bfloat16."""
     return {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-
-
-def read_tensor(path: Path, name: str) -> Tensor:
-    """Return a tensor of a safetensors file that is known to be sound."""
-    raw = read_raw(path, read_header(path).tensors[name])
-    dtype = torch_dtype(raw.dtype)
-    assert dtype is not None  # noqa: S101  (the file is what `add` wrote)
-    if not raw.data.nbytes:  # a level that keeps nothing
-        return torch.empty(raw.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(raw.data), dtype=dtype).reshape(raw.shape)

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING
 from sparsekit import fs, ranks
 from sparsekit.checkpoint import jsonio
 from sparsekit.checkpoint.jsonio import JSON
-from sparsekit.checkpoint.safetensors_file import encode
 from sparsekit.contracts import LinearInfo, ReshapeContext, Stats
 from sparsekit.errors import SparsekitError
 from sparsekit.lazy import torch
-from sparsekit.models.raw import to_raw
+from sparsekit.models.block_files import write_block
 from sparsekit.pattern import Unstructured
 from sparsekit.search.grid import Grid
 from sparsekit.search.levels import LevelDatabase
@@ -99,7 +98,6 @@ def write_chosen(folder: Path, kinds: Sequence[Kind], best: Levels, stores: Stor
         best: The level of each linear, one kind after the other.
         stores: Where the levels are.
     """
-    fs.make_folder(folder)
     written: dict[str, JSON] = {}
     count = len(kinds[0].linears)
     for place in range(count):
@@ -108,9 +106,8 @@ def write_chosen(folder: Path, kinds: Sequence[Kind], best: Levels, stores: Stor
             linear, level = kind.linears[place], best[number * count + place]
             keep, weight = stores.mask(linear, level), stores.weight(linear, torch.empty(0), level)
             found |= {f"{kind.name}.kept": kind.kept(linear, keep), f"{kind.name}.weight": weight[:, keep[0]]}
-        block = str(kinds[0].linears[place].block)
-        data = encode({name: to_raw(each) for name, each in found.items()}, {})
-        written[block] = fs.replace_file(folder / f"{block}.safetensors", data).sha256
+        block = kinds[0].linears[place].block
+        written[str(block)] = write_block(folder, block, found)
     return written
 
 
