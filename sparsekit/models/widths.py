@@ -217,9 +217,10 @@ def _channels(width: Widths, block: Block, index: int) -> Tensor | None:
         raise _damaged(f"block {index} {'needs' if paired else 'has no'} pairs of channels that positions turn")
     if width.rotary is None:
         return _first(width.channels, block.heads().sets[0, 0], "channels", index)
-    pairs = torch.tensor(width.rotary)
-    if len(pairs) * 2 != width.channels or int(pairs.max()) >= size // 2:
-        raise _damaged(f"block {index} has pairs up to {int(pairs.max())} of channels, by the rest {size // 2} pairs")
+    last = width.rotary[-1]
+    if last >= size // 2:
+        raise _damaged(f"block {index} has pair {last} of channels, by the rest of the configuration {size // 2} pairs")
+    pairs = torch.tensor(width.rotary, device="cpu")  # transformers builds models on meta by default
     return pairs_to_channels(pairs, size)
 
 

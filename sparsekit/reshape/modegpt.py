@@ -41,13 +41,13 @@ from sparsekit.contracts import (
     Reshaper,
 )
 from sparsekit.errors import PlanError, SparsekitError
-from sparsekit.lazy import torch
-from sparsekit.models.block import Block, pairs_to_channels, require_channels
+from sparsekit.models.block import Block, require_channels
 from sparsekit.models.block_files import read_block, write_block
 from sparsekit.models.shapes import parameters, plainly, variant
 from sparsekit.models.structure import find_stack
 from sparsekit.models.widths import silence_rest
-from sparsekit.solve.modular import SecondMoments, cr_scores, largest, nystrom, value_output
+from sparsekit.solve.heads import narrow_heads
+from sparsekit.solve.modular import SecondMoments, nystrom
 from sparsekit.stats.cosine import Cosine
 from sparsekit.stats.gram import Gram
 from sparsekit.stats.moments import Moments
@@ -192,7 +192,7 @@ class MoDeGPT(Reshaper[MoDeGPTOptions]):
         if channels is not None:
             query = block.named[block.spec.attention.query]
             stats = opened.collect([query], frozenset({"gram", "moments"}))[query.name]
-            put(ranks.share(partial(_narrow_heads, block, _moments(stats), channels)))
+            put(ranks.share(partial(narrow_heads, block, _moments(stats), channels)))
         if neurons is not None:
             down = block.named[block.down]
             gram = opened.collect([down], frozenset({"gram"}))[down.name]["gram"]
@@ -299,52 +299,6 @@ def _spread(shares: Mapping[str, float], count: int, gone: int, unit: int) -> di
     cap = _CAP if len(set(shares.values())) > 1 else 1.0
     lost = distribute(blocks, shares, gone * len(blocks), unit, max_density=cap)
     return {block: count - lost[block] for block in shares}
-
-
-def _narrow_heads(block: Block, moments: SecondMoments, count: int) -> dict[str, Tensor]:
-    """Return the channels of all heads of a block that stay, and the linears that are not just cut to them.
-
-    Args:
-        block: The block, loaded.
-        moments: Of what queries, keys and values are made from.
-        count: Channels of a head.
-    """
-    roles = block.spec.attention
-    query, key, value, output = (block.named[name] for name in (roles.query, roles.key, roles.value, roles.output))
-    rows, key_rows = block.head_rows()
-    paired = roles.rotary == "halves"
-    energy = [moments.energy(linear.weight(), linear.bias()) for linear in (query, key)]
-    scores = cr_scores(energy[0][rows], energy[1][key_rows], paired=paired)
-    tensors: dict[str, Tensor] = {}
-
-    def keep(linear: Any, weight: Tensor, bias: Tensor | None) -> None:
-        tensors[f"{linear.name}.weight"] = weight.to(linear.weight().dtype)
-        if bias is not None:
-            tensors[f"{linear.name}.bias"] = bias.to(linear.weight().dtype)
-
-    if paired:
-        tensors["channels"] = pairs_to_channels(largest(scores.sum(dim=0), count // 2), rows.shape[-1])
-    else:
-        tensors["channels"] = torch.arange(count)
-        chosen = largest(scores, count)
-        for linear, places, all_rows in (
-            (query, chosen[:, None].expand(*rows.shape[:2], count), rows),
-            (key, chosen, key_rows),
-        ):
-            stay = all_rows.gather(-1, places).flatten()
-            bias = linear.bias()
-            keep(linear, linear.weight()[stay], None if bias is None else bias[stay])
-    second = moments.of(value.weight(), value.bias())
-    weight, bias, reader = value.weight().double(), value.bias(), output.weight().double()
-    made, shifted, read = [], [], []
-    for heads, own in zip(rows, key_rows, strict=True):
-        onto, back = value_output(second[own][:, own], torch.cat([reader[:, head] for head in heads]), count)
-        made.append(onto @ weight[own])
-        shifted += [] if bias is None else [onto @ bias[own].double()]
-        read += [reader[:, head] @ back for head in heads]
-    keep(value, torch.cat(made), torch.cat(shifted) if shifted else None)
-    keep(output, torch.cat(read, dim=1), None)
-    return tensors
 
 
 def _moments(stats: Mapping[str, object]) -> SecondMoments:
