@@ -74,7 +74,7 @@ def logits(model, *, cache=False):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     folder = tiny.save("llama", tmp_path_factory.mktemp("llama"), attention_bias=True)
-    return folder, reshape(folder, folder.parent / "out", *PARTS)
+    return folder, reshape(folder, tmp_path_factory.mktemp("narrow") / "out", *PARTS)
 
 
 # --- what comes out ----------------------------------------------------------------------------------------
