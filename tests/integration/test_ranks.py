@@ -108,6 +108,13 @@ stages:
   - {stage: reshape, method: tyr, drop: 0.5, generations: 2, passes: 2, offspring: 3, samples: 5,
      sequence_length: 32, tokens: [32, 64]}
 """
+MODULAR = """
+sparsekit: 1
+name: modular
+description: heads and neurons become narrower
+stages:
+  - {stage: reshape, method: modegpt, width: 0.25, parts: all, allocate: influence, multiple: 4, head_multiple: 2}
+"""
 CASES = {
     "wanda": ("llama", "wanda-50", FIVE),
     "gradients": ("llama", "mfac-50", settings("stages.0.samples=3", "stages.0.sequence_length=32")),
@@ -117,11 +124,12 @@ CASES = {
     "losses": ("llama", LOSSES, FIVE),
     "layers dropped": ("llama", DROPPED, FIVE),
     "narrowed": ("llama", NARROWED, FIVE),
+    "modular": ("llama", MODULAR, FIVE),
     "two stages and a null": ("llama", TWO_STAGES, [*FIVE, "--nulls", "random"]),
 }
 
 
-@pytest.mark.parametrize(("case", "size"), zip(CASES, [2, 3, 2, 2, 3, 2, 2, 2, 2], strict=True))
+@pytest.mark.parametrize(("case", "size"), zip(CASES, [2, 3, 2, 2, 3, 2, 2, 2, 2, 2], strict=True))
 def test_any_number_of_ranks_makes_the_same_checkpoint(case, size, nursery, models, tmp_path):
     family, recipe, more = CASES[case]
     if "stages" in recipe:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from sparsekit.errors import ModelError, UnsupportedFamily
+from sparsekit.models.block import pairs_to_channels
 from sparsekit.models.roles import FAMILIES
 from sparsekit.models.structure import find_stack
-from sparsekit.models.widths import Kept, Widths, cuts, head_groups, narrow, narrow_block, neurons
+from sparsekit.models.widths import Kept, Widths, cuts, head_groups, narrow, narrow_block, neurons, silence_rest
 from tests.support import tiny
 
 ONE = {"olmo2": "neurons", "gpt2": "neurons", "phi3": "neurons", "gpt_neox": "neurons", "bloom": "neurons"}
@@ -18,6 +19,10 @@ BOTH = (
     "cohere2", "gemma", "gemma2", "gemma3_text", "gptj", "granite", "llama", "mistral", "nemotron", "opt", "phi",
     "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2", "glm4",
 )  # fmt: skip
+CHANNELS = (
+    "gemma", "gemma2", "granite", "llama", "mistral", "mixtral", "opt", "qwen2", "qwen2_moe", "smollm3", "starcoder2",
+)  # fmt: skip
+"""Families whose heads can lose channels."""
 NEITHER = ("gpt_oss", "olmoe")
 OPTIONS = {"phi": {"qk_layernorm": True}, "llama": {"attention_bias": True, "mlp_bias": True}}
 
@@ -119,6 +124,34 @@ def test_a_narrow_block_can_be_narrowed_again(family):
         assert torch.equal(left, right), name
 
 
+@pytest.mark.parametrize("family", CHANNELS)
+def test_heads_of_fewer_channels_equal_dense_ones_with_the_rest_silenced(family):
+    """Queries and keys without a pair, values and their reader without two channels: all in place, as zeros."""
+    dense, narrowed, meta = build(family), build(family), build(family).to("meta")
+    for model in (dense, narrowed):
+        model.set_experts_implementation("eager")
+    stack, other = find_stack(dense), find_stack(narrowed)
+    untouched = logits(dense)
+    pairs = [(0, 1, 3), (1, 2), (0, 1, 2, 3)]
+    kinds = [
+        Kept(groups=groups, channels=pairs_to_channels(torch.tensor(p), 8))
+        for groups, p in zip((None, torch.tensor([1]), None), pairs, strict=True)
+    ]
+    widths = []
+    for index, (kept, each) in enumerate(zip(kinds, pairs, strict=True)):
+        silence_rest(dense, stack, index, kept, {})
+        narrow_block(narrowed, other, index, kept)
+        groups = None if kept.groups is None else 1
+        widths.append(Widths(groups, None, 2 * len(each), None if family == "opt" else each))
+    assert float((logits(dense) - untouched).abs().max()) > 1e-4
+    torch.testing.assert_close(logits(narrowed), logits(dense), atol=1e-9, rtol=0)
+    torch.testing.assert_close(logits(narrowed, cache=True), logits(dense, cache=True), atol=1e-9, rtol=0)
+    narrow(meta, find_stack(meta), widths)
+    shapes = {name: parameter.shape for name, parameter in meta.named_parameters(remove_duplicate=False)}
+    for name, parameter in narrowed.named_parameters(remove_duplicate=False):
+        assert parameter.shape == shapes[name], name
+
+
 def test_nothing_kept_back_is_nothing_changed():
     model = build("llama")
     stack = find_stack(model)
@@ -142,6 +175,15 @@ def test_nothing_kept_back_is_nothing_changed():
         ("qwen2_moe", {}, "neurons", "the block has 5 MLPs, experts"),
         ("gpt_oss", {}, "neurons", "the block has 4 MLPs, experts"),
         ("olmoe", {}, "neurons", "the block has 4 MLPs, experts"),
+        ("qwen3", {}, "channels", "q_norm and self_attn.k_norm divide by what all of them are"),
+        ("gemma3_text", {}, "channels", "q_norm and self_attn.k_norm divide"),
+        ("phi", {}, "channels", "channels of heads cannot be removed: positions turn 4 of 8"),
+        ("stablelm", {}, "channels", "positions turn 2 of 8"),
+        ("nemotron", {}, "channels", "positions turn 4 of 8"),
+        ("glm4", {}, "channels", "positions turn other pairs of them"),
+        ("gptj", {}, "channels", "positions turn other pairs of them"),
+        ("cohere2", {}, "channels", "positions turn other pairs of them"),
+        ("gpt_neox", {}, "channels", "are one linear, attention.query_key_value"),
         ("falcon", {}, "groups", "FalconForCausalLM .* is no family of which it is known"),
     ],
 )
