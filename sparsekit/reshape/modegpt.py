@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,9 +42,10 @@ from sparsekit.contracts import (
     Reshaper,
 )
 from sparsekit.errors import PlanError, SparsekitError
-from sparsekit.models.block import Block, require_channels
+from sparsekit.models.block import Block
 from sparsekit.models.block_files import read_block, write_block
-from sparsekit.models.shapes import parameters, plainly, variant
+from sparsekit.models.inside import Inside
+from sparsekit.models.shapes import parameters, plainly
 from sparsekit.models.structure import find_stack
 from sparsekit.models.widths import silence_rest
 from sparsekit.solve.heads import narrow_heads
@@ -102,21 +104,16 @@ class MoDeGPT(Reshaper[MoDeGPTOptions]):
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuse families that cannot be narrowed so, and amounts that leave nothing of a block."""
-        self._gone(anatomy)
+        self._gone(anatomy, self._inside(anatomy))
 
     def tokens(self, anatomy: Anatomy) -> int:
         """Return as many tokens as a block has neurons: fewer make some of them look like sums of others."""
-        return self._inside(anatomy)[0]
+        return self._inside(anatomy).neurons
 
     def outline(self, anatomy: Anatomy) -> Reshaped:
         """Return the result were all blocks to lose the same: its parameters are those of any result."""
-        (neurons, size), (no_neurons, no_channels) = self._inside(anatomy), self._gone(anatomy)
-        blocks = range(anatomy.blocks)
-        rotary = range((size - no_channels) // 2) if self._paired(anatomy) else None
-        each = _widths(
-            neurons - no_neurons if no_neurons else None, size - no_channels if no_channels else None, rotary
-        )
-        shapes = anatomy.shapes.narrowed([each] * len(blocks))
+        inside, blocks = self._inside(anatomy), range(anatomy.blocks)
+        shapes = anatomy.shapes.narrowed([inside.without(*self._gone(anatomy, inside))] * len(blocks))
         config, shapes = plainly(anatomy.model, shapes) if self.options.allocate == "uniform" else ({}, shapes)
         return Reshaped(tuple(blocks), config, shapes)
 
@@ -127,16 +124,17 @@ class MoDeGPT(Reshaper[MoDeGPTOptions]):
     def plan(self, context: ReshapeContext) -> dict[str, JSON]:
         """Decompose block after block; what is made of each stands in a file of the context's folder."""
         anatomy = context.anatomy
-        (neurons, size), gone = self._inside(anatomy), self._gone(anatomy)
+        inside = self._inside(anatomy)
+        neurons, channels = self._gone(anatomy, inside)
         shares = self._shares(context)
         kept = {
-            "neurons": _spread(shares, neurons, gone[0], self.options.multiple),
-            "channels": _spread(shares, size, gone[1], self.options.head_multiple),
+            "neurons": _spread(shares, inside.neurons, neurons, self.options.multiple),
+            "channels": _spread(shares, inside.channels, channels, self.options.head_multiple),
         }
         for kind, counts in kept.items():
             if counts:
                 context.facts[kind] = {block: float(count) for block, count in counts.items()}
-        files, rotary = self._walk(context, kept)
+        files, rotary = self._walk(context, inside, kept)
         return {**{kind: dict(counts) for kind, counts in kept.items()}, "rotary": rotary, "files": files}
 
     def apply(self, anatomy: Anatomy, plan: Mapping[str, JSON], folder: Path | None) -> Reshaped:
@@ -152,7 +150,7 @@ class MoDeGPT(Reshaper[MoDeGPTOptions]):
         )
 
     def _walk(
-        self, context: ReshapeContext, counts: Mapping[str, Mapping[str, int]]
+        self, context: ReshapeContext, inside: Inside, counts: Mapping[str, Mapping[str, int]]
     ) -> tuple[dict[str, JSON], dict[str, JSON]]:
         """Decompose block after block; return the sha256 of its file, and its pairs of channels, by block."""
         if context.folder is None:
@@ -173,7 +171,7 @@ class MoDeGPT(Reshaper[MoDeGPTOptions]):
             else:
                 found = ranks.share(partial(read_block, folder, opened.index, files))
                 silence_rest(model, stack, opened.index, _kept(found), _linears(found))
-            if "channels" in found and self._paired(context.anatomy):
+            if "channels" in found and inside.paired:
                 rotary[key] = found["channels"][: len(found["channels"]) // 2].tolist()
         return files, rotary
 
@@ -217,78 +215,49 @@ class MoDeGPT(Reshaper[MoDeGPTOptions]):
         least = min(influence.values())
         return above_zero({block: math.exp((least - value) / self.options.eps) for block, value in influence.items()})
 
-    def _inside(self, anatomy: Anatomy) -> tuple[int, int]:
-        """Return the neurons of a block, and the channels of a head, 0 where none of them go.
+    def _inside(self, anatomy: Anatomy) -> Inside:
+        return Inside.of(anatomy.model, heads=self.options.parts == "all")
 
-        Raises:
-            PlanError: They are not the same in all blocks.
-            UnsupportedFamily: They cannot go.
-        """
-        model, stack = anatomy.model, find_stack(anatomy.model)
-        found = set()
-        for index in range(anatomy.blocks):
-            block = Block.of(model, stack, index)
-            size = 0
-            if self.options.parts == "all":
-                require_channels(model, block)
-                size = block.heads().sets.shape[-1]
-            found.add((block.named[block.down].info.in_features, size))
-        if len(found) > 1:
-            listed = ", ".join(f"{neurons} neurons" for neurons, _ in sorted(found)[:3])
-            raise PlanError(
-                f"its blocks have different widths already ({listed})", hint="Put this stage before what narrows them."
-            )
-        return found.pop()
-
-    def _paired(self, anatomy: Anatomy) -> bool:
-        return Block.of(anatomy.model, find_stack(anatomy.model), 0).spec.attention.rotary == "halves"
-
-    def _gone(self, anatomy: Anatomy) -> tuple[int, int]:
+    def _gone(self, anatomy: Anatomy, inside: Inside) -> tuple[int, int]:
         """Return how many neurons, and channels of each head, a block loses, on average over the blocks.
 
         Raises:
             PlanError: Nothing would be left.
-            UnsupportedFamily: As `_inside`.
         """
-        neurons, size = self._inside(anatomy)
         options = self.options
-        if options.width is not None:
-            channels = round(exact(options.width) * size / options.head_multiple) * options.head_multiple
-            gone = round(exact(options.width) * neurons / options.multiple) * options.multiple, channels
+        if options.width is None:
+            gone = self._gone_of_params(anatomy, inside, 0.2 if options.params is None else options.params)
         else:
-            gone = self._gone_of_params(anatomy, neurons, size, 0.2 if options.params is None else options.params)
-        if gone[0] >= neurons or (size and gone[1] >= size):
+            share = exact(options.width)
+            neurons = round(share * inside.neurons / options.multiple) * options.multiple
+            gone = neurons, round(share * inside.channels / options.head_multiple) * options.head_multiple
+        said = f"{gone[0]} of {inside.neurons} neurons"
+        if inside.channels:
+            said += f" and {gone[1]} of {inside.channels} channels"
+        if gone[0] >= inside.neurons or gone[1] >= max(inside.channels, 1):
             raise PlanError(
-                f"{gone[0]} of {neurons} neurons"
-                + (f" and {gone[1]} of {size} channels" if size else "")
-                + " would go",
+                f"{said} would go",
                 where="params" if options.width is None else "width",
                 hint="Let less go, or parts: all." if options.parts == "mlp" else "Let less go.",
             )
-        if options.allocate == "influence" and gone[0] > _CAP * neurons:
+        if options.allocate == "influence" and max(gone[0], 0) > _CAP * inside.neurons:
             raise PlanError(
-                f"{gone[0]} of {neurons} neurons would go on average, a block loses {_CAP:.0%} of them at most",
+                f"{said} would go on average, a block loses {_CAP:.0%} of them at most",
                 where="allocate",
                 hint="Set allocate: uniform, or let less go.",
             )
         return gone
 
-    def _gone_of_params(self, anatomy: Anatomy, neurons: int, size: int, share: float) -> tuple[int, int]:
+    def _gone_of_params(self, anatomy: Anatomy, inside: Inside, share: float) -> tuple[int, int]:
         """Return the least neurons and channels, alike in share, that hold a share of all parameters."""
-        before = parameters(anatomy.model)
-        wanted = math.ceil(exact(share) * before)
-        rotary = range(size // 2 - 1) if size and self._paired(anatomy) else None
-        # What one of each is worth in all blocks is seen by building a model without it.
-        steps = [(Widths(neurons=neurons - 1), 1)] + [(_widths(None, size - 2, rotary), 2)] * bool(size)
-        worth = [
-            (before - parameters(variant(anatomy.model, {}, anatomy.shapes.narrowed([width] * anatomy.blocks))))
-            // count
-            for width, count in steps
-        ]
-        part = wanted / sum(each * count for each, count in zip(worth, (neurons, size), strict=False))
-        channels = round(part * size / self.options.head_multiple) * self.options.head_multiple
-        left = max(wanted - (channels * worth[1] if size else 0), 0)
-        return math.ceil(left / (worth[0] * self.options.multiple)) * self.options.multiple, channels
+        options = self.options
+        wanted = math.ceil(exact(share) * parameters(anatomy.model))
+        neuron, *channel = inside.worth(anatomy.model, anatomy.shapes)
+        all_channels = sum(channel) * inside.channels
+        part = Fraction(wanted, neuron * inside.neurons + all_channels)
+        channels = round(part * inside.channels / options.head_multiple) * options.head_multiple
+        left = max(wanted - sum(channel) * channels, 0)
+        return math.ceil(Fraction(left, neuron * options.multiple)) * options.multiple, channels
 
 
 def _spread(shares: Mapping[str, float], count: int, gone: int, unit: int) -> dict[str, int]:
