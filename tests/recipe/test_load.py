@@ -55,7 +55,7 @@ def test_every_shipped_recipe_validates_and_is_what_its_name_says() -> None:
             assert recipe.stages[0].pattern == f"{of[1]}:{of[2]}"
         elif recipe.name != "smoke":
             share = int(recipe.name.rpartition("-")[2]) / 100
-            assert share in [getattr(recipe.stages[0], key, None) for key in ("sparsity", "drop", "width", "params")]
+            assert share in [getattr(recipe.stages[-1], key, None) for key in ("sparsity", "drop", "width", "params")]
 
 
 def test_every_shipped_config_is_extended_by_a_recipe() -> None:
