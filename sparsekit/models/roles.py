@@ -61,6 +61,25 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class Sums:
+    """How a block adds the outputs of attention and MLP to the residual stream; all names are attributes of the block.
+
+    Attributes:
+        dropouts: What passes the outputs of attention and MLP on, modules or probabilities; empty: nothing does.
+        factor: What both are multiplied by; empty: nothing.
+        activation: What stands between the linears of an MLP that is no module of its own.
+        closed: Why they cannot be replaced; empty: they can.
+        same_ends: The model's code takes what leaves the last block to be as wide as what enters the first.
+    """
+
+    dropouts: tuple[str, str] = ("", "")
+    factor: str = ""
+    activation: str = ""
+    closed: str = ""
+    same_ends: bool = False
+
+
+@dataclass(frozen=True)
 class FamilySpec:
     """Roles of a family's modules: those of a block relative to it, the others from the model.
 
@@ -74,8 +93,7 @@ class FamilySpec:
         final_norm, head: What reads the residual stream behind the blocks.
         norm: What all norms of the residual stream are.
         scaled_embeddings: Embeddings are multiplied by the root of the stream's width.
-        same_ends: The model's code takes the stream behind the last block to be as wide as in front of the first.
-        shortcuts: The stream and a branch are added by the block itself, which returns the sum and nothing else.
+        sums: How the branches are added to the stream.
     """
 
     attention: Attention
@@ -89,8 +107,7 @@ class FamilySpec:
     head: str = "lm_head"
     norm: Norm = "rms"
     scaled_embeddings: bool = False
-    same_ends: bool = False
-    shortcuts: bool = True
+    sums: Sums = Sums()
 
     def branch(self, part: Part, names: Collection[str]) -> dict[str, bool]:
         """Return those of a block's linears that are its attention or its MLPs, and whether each ends its branch.
@@ -155,7 +172,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
         "ln_1",
         "ln_2",
         norm="layer",
-        same_ends=True,
+        sums=Sums(same_ends=True),
     ),
     "gpt_neox": FamilySpec(
         _fused("attention.query_key_value", "attention.dense", "heads"),
@@ -163,6 +180,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
         "gpt_neox.final_layer_norm",
         ("gpt_neox.embed_in",),
         norm="layer",
+        sums=Sums(("post_attention_dropout", "post_mlp_dropout")),
     ),
     "gpt_oss": replace(_LLAMA, mlps=(replace(_EXPERTS, rows="pairs"),), routers=("mlp.router",)),
     "gptj": FamilySpec(
@@ -173,9 +191,9 @@ FAMILIES: Mapping[str, FamilySpec] = {
         "ln_1",
         "ln_1",
         norm="layer",
-        shortcuts=False,
+        sums=Sums(closed="they return attention weights beside the stream"),
     ),
-    "granite": _LLAMA,
+    "granite": replace(_LLAMA, sums=Sums(factor="residual_multiplier")),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": _MIXTRAL,
@@ -187,7 +205,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
         "norm_1",
         "norm_2",
         norm="layer",
-        shortcuts=False,
+        sums=Sums(closed="their MLP adds the stream itself"),
     ),
     "nemotron": replace(_LLAMA, mlps=(replace(_GATED, gate=None),), norm="layer_plus_one"),
     "olmo2": replace(
@@ -205,6 +223,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
         "self_attn_layer_norm",  # before its branch only where config.do_layer_norm_before says so
         "final_layer_norm",
         norm="layer",
+        sums=Sums(("dropout", "dropout"), activation="activation_fn"),
     ),
     "phi": replace(
         _LLAMA,
@@ -217,14 +236,20 @@ FAMILIES: Mapping[str, FamilySpec] = {
         mlp_norm="input_layernorm",
         final_norm="model.final_layernorm",
         norm="layer",
+        sums=Sums(("resid_dropout", "resid_dropout")),
     ),
-    "phi3": replace(_LLAMA, attention=_fused("self_attn.qkv_proj", "self_attn.o_proj", "parts"), mlps=(_GATE_UP,)),
+    "phi3": replace(
+        _LLAMA,
+        attention=_fused("self_attn.qkv_proj", "self_attn.o_proj", "parts"),
+        mlps=(_GATE_UP,),
+        sums=Sums(("resid_attn_dropout", "resid_mlp_dropout")),
+    ),
     "qwen2": _LLAMA,
     "qwen2_moe": replace(_MIXTRAL, mlps=(_GATED, _EXPERTS, _SHARED), routers=("mlp.gate", "mlp.shared_expert_gate")),
     "qwen3": replace(_LLAMA, attention=_NORMED),
     "qwen3_moe": replace(_MIXTRAL, attention=_NORMED, mlps=(_GATED, _EXPERTS)),
     "smollm3": _LLAMA,
-    "stablelm": replace(_LLAMA, norm="layer"),
+    "stablelm": replace(_LLAMA, norm="layer", sums=Sums(("", "dropout"))),
     "starcoder2": replace(_LLAMA, mlps=(MLP("mlp.c_fc", "mlp.c_proj"),), norm="layer"),
 }
 """Roles by `model_type`."""

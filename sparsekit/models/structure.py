@@ -12,9 +12,8 @@ from sparsekit.models.linears import Linear, find_linears, routers
 if TYPE_CHECKING:
     from torch import nn
 
-
 SHORTCUTS = "shortcuts"
-"""What a block calls the matrices that carry a sliced residual stream over its sums."""
+"""What a block calls the matrices that carry the residual stream past its branches; see `shortcuts.py`."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Stack:
         return find_linears(self.blocks[index], self.prefix(index), index)
 
     def matrix_weights(self) -> int:
-        """Count the weights of all matrices in the blocks, presented as linears or not; routers and shortcuts do not.
+        """Count the weights of all matrices in the blocks, presented as linears or not, but routers and shortcuts.
 
         This is the denominator of coverage: a matrix that find_linears cannot see shows as coverage below 1.
         """
@@ -49,8 +48,8 @@ class Stack:
             for skipped in (routers(block),)
             for name, parameter in block.named_parameters()
             if parameter.ndim >= 2 and parameter.numel() > max(parameter.shape) and name not in skipped
-            if not name.startswith(f"{SHORTCUTS}.")
             if not name.endswith("_bias")  # [experts, out] biases of fused experts
+            if not name.startswith(f"{SHORTCUTS}.")
         )
 
 

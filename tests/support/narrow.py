@@ -31,12 +31,13 @@ def build(family: str = "llama", kept: tuple[Kept, ...] = KEPT, **options: Any) 
     return model
 
 
-def write(model: Any, folder: Path, widths: tuple[Widths, ...] = WIDTHS) -> Path:
-    """Write a narrow model, its tokenizer and configuration as a folder, and return it."""
+def write(model: Any, folder: Path, widths: tuple[Widths, ...] | Shapes = WIDTHS) -> Path:
+    """Write a model of other shapes, its tokenizer and configuration as a folder, and return it."""
+    shapes = widths if isinstance(widths, Shapes) else Shapes(widths)
     model.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = [type(model).__name__]
-    (folder / "config.json").write_text(json.dumps(config | config_entries(Shapes(widths))))
+    (folder / "config.json").write_text(json.dumps(config | config_entries(shapes)))
     tied = set(model.all_tied_weights_keys)
     tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
     name = "sparsekit_model-00001-of-00001.safetensors"
