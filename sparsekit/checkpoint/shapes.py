@@ -69,9 +69,14 @@ class Shapes:
         """Whether they do not differ at all."""
         return self.stream is None and all(width == Widths() for width in self.blocks)
 
-    def of_blocks(self, kept: Sequence[int]) -> Shapes:
-        """Return the shapes of the model that has only the blocks `kept`, in their order."""
-        return Shapes(tuple(self.blocks[block] for block in kept) if self.blocks else (), self.stream)
+    def of_blocks(self, kept: Sequence[int], count: int) -> Shapes:
+        """Return the shapes of the model that has only the blocks `kept` of `count`, in their order."""
+        blocks = tuple(self.blocks[block] for block in kept) if self.blocks else ()
+        if self.stream is None:
+            return Shapes(blocks)
+        places = (len(self.stream.widths) - 1) // count  # of each block; without shortcuts all have the same width
+        widths = self.stream.widths[: places * len(kept) + 1]
+        return Shapes(blocks, Stream(widths, self.stream.shortcuts))
 
     def narrowed(self, widths: Sequence[Widths]) -> Shapes:
         """Return these shapes with other widths of the blocks; a None among those leaves what there was."""

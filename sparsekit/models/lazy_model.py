@@ -19,7 +19,6 @@ from sparsekit.checkpoint.source import WeightFiles
 from sparsekit.errors import CheckpointError, IndexMismatch
 from sparsekit.lazy import torch
 from sparsekit.models import headers
-from sparsekit.models.headers import Becomes
 from sparsekit.models.shapes import give_shapes
 from sparsekit.models.structure import Stack, find_stack
 from sparsekit.pack.files import PackedFile
@@ -71,7 +70,7 @@ class LazyModel:
         self.shapes: Shapes = read_shapes(getattr(config, "quantization_config", None))
         give_shapes(self.module, self.stack, self.shapes)
         self._mapping = get_model_conversion_mapping(self.module)
-        self._becomes = self._rename()
+        self._becomes = headers.renamed(self.module, self._mapping, self.weights.tensors)
         self._keys = self._assign_keys()
         self._shards: dict[int, Path] = {}
 
@@ -176,24 +175,6 @@ class LazyModel:
             owner = self.stack.owner(becomes.names[0])
             keys.setdefault(owner if owner is None or owner < len(self.stack.blocks) else None, []).append(key)
         return {owner: tuple(names) for owner, names in keys.items()}
-
-    def _rename(self) -> dict[str, Becomes]:
-        """Ask transformers which parameter each checkpoint tensor becomes."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        expected = self.module.state_dict()
-        found: dict[str, Becomes] = {}
-        for key in sorted(self.weights.tensors):
-            name, pattern = rename_source_key(key, renamings, converters, self.module.base_model_prefix, expected)
-            if name not in expected and key in expected:
-                name, pattern = key, None
-            # A tensor that is split is named after its first part only.
-            parts = next((c.target_patterns for c in converters if pattern in c.source_patterns), [""])
-            names = tuple(name.replace(parts[0], part, 1) for part in parts)
-            found[key] = Becomes(names, plain=pattern is None)
-        return found
 
     def _load(self, index: int | None) -> None:
         from safetensors import safe_open

@@ -107,7 +107,7 @@ class LayerDrop(Reshaper[LayerDropOptions]):
         return Reshaped(
             tuple(kept),
             self._config(anatomy, kept),
-            anatomy.shapes.of_blocks(kept),
+            anatomy.shapes.of_blocks(kept, anatomy.blocks),
             lambda block: _silenced(anatomy, block, attention=block in attention, mlp=block in mlp),
         )
 
@@ -120,7 +120,7 @@ class LayerDrop(Reshaper[LayerDropOptions]):
 
     def _config(self, anatomy: Anatomy, kept: list[int]) -> dict[str, JSON]:
         changes = with_blocks(anatomy.model.config, kept)
-        require_same_blocks(anatomy.model, changes, kept, anatomy.shapes.of_blocks(kept))
+        require_same_blocks(anatomy.model, changes, kept, anatomy.shapes.of_blocks(kept, anatomy.blocks))
         return changes
 
     def _swaps(self, anatomy: Anatomy) -> Swaps:

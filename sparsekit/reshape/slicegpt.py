@@ -11,10 +11,11 @@ Shapes: stream [tokens, hidden] -> [tokens, width]; a shortcut [width behind, wi
 Cost: per block as many passes as it has places and one more; an eigendecomposition of hidden^3 per place. Global: two
     walks with two passes per block, one eigendecomposition, a solve of width^3 per place.
 Deviations: `global` is ours, and so is its refit (`solve/rotation.py`): one basis fits no place quite, and each place's
-    readers make up for what the basis lacks there. Nothing is centred for models whose norms do not subtract the mean; those that do keep their norms, since
-    the stream is turned into the hyperplane of mean zero (the paper makes RMSNorms of them). The stream is scaled so
-    that norms divide as before at their own eps. No damping: a multiple of the identity changes no eigenvector.
-    Components are in order, not turned at random, unless `orientation: random`. Widths are multiples of 8.
+    readers make up for what the basis lacks there. Nothing is centred for models whose norms do not subtract the mean;
+    those that do keep their norms, since the stream is turned into the hyperplane of mean zero (the paper makes
+    RMSNorms of them). The stream is scaled so that norms divide as before at their own eps. No damping: a multiple of
+    the identity changes no eigenvector. Components are in order, not turned at random, unless `orientation: random`.
+    Widths are multiples of 8.
 Numbers: Llama-2-7B, WikiText-2, 20 / 25 / 30 % of the width: 6.64, 7.24, 8.12, dense 5.47. SmolLM2-135M see
     docs/results.md.
 """

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
@@ -307,7 +308,7 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         if not self._shapes.plain:
             give_shapes(model, find_stack(model), self._shapes)
-            _require_shapes(model, checkpoint_files or [])
+            _require_pieces(model, checkpoint_files or [])
         for file in checkpoint_files or []:
             opened = PackedFile(Path(file))
             opened.check_parts()
@@ -395,16 +396,28 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         return bool(self.quantization_config.dequantize)
 
 
-def _require_shapes(model: torch.nn.Module, files: list[str]) -> None:
-    """Refuse tensors that do not fit a narrowed model; transformers would name no reason."""
-    parameters = dict(model.named_parameters())
-    prefix = f"{model.base_model_prefix}."
-    for file in files:
-        for name, entry in read_header(Path(file)).tensors.items():
-            near = (name, name.removeprefix(prefix), f"{prefix}{name}")
-            parameter = next((parameters[known] for known in near if known in parameters), None)
-            if parameter is not None and entry.shape != tuple(parameter.shape):
-                raise headers.wrong_shape(name, entry.shape, parameter.shape, Path(file))
+def _require_pieces(model: torch.nn.Module, files: list[str]) -> None:
+    """Refuse tensors that a model of other shapes has no place for, or lacks.
+
+    transformers would name no reason for the first, and make up random weights for the second.
+    """
+    entries = {
+        name: (Path(file), read_header(Path(file)).tensors.get(name))
+        for file in files
+        for name in PackedFile(Path(file)).names()
+    }
+    if not entries:
+        return
+    becomes = headers.renamed(model, get_model_conversion_mapping(model), entries)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, (file, entry) in entries.items():
+        parameter = parameters.get(becomes[name].names[0])
+        stored = entry is not None and becomes[name].plain  # else it is packed, or joined with others
+        if parameter is not None and entry is not None and stored and entry.shape != tuple(parameter.shape):
+            raise headers.wrong_shape(name, entry.shape, parameter.shape, file)
+    folder = next(iter(entries.values()))[0].parent
+    headers.require_all(model, becomes, folder)
+    headers.require_no_stray(model, becomes, folder)
 
 
 def _leave_files(model: torch.nn.Module) -> None:
