@@ -414,6 +414,8 @@ class Reshaper(Method[Options]):
 
     sums_of: ClassVar[Literal["linears", "stream"]] = "linears"
     """What its gram matrices are of: the inputs of all linears of a block, or the residual stream."""
+    keeps_zeros: ClassVar[bool] = False
+    """Whether weights that stay keep their values, so that a pruned model stays sparse."""
 
     @abstractmethod
     def check(self, anatomy: Anatomy) -> None:

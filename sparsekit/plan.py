@@ -125,6 +125,14 @@ def plan_reshape(model: LazyModel, stage: ReshapeStage, seed: int, *, where: str
     Raises:
         PlanError, UnsupportedFamily: The reshaper cannot do this model.
     """
+    pruned = getattr(model.module.config, "sparsity_config", None)
+    if pruned and not registry.load("reshape", stage.method).keeps_zeros:
+        how = f" ({pruned.get('method')})" if isinstance(pruned, Mapping) and pruned.get("method") else ""
+        raise PlanError(
+            f"the model is pruned{how}, and {stage.method} would fill its zeros",
+            where=where,
+            hint="Reshape the dense model first and prune what is left, as slicegpt-25-sparsegpt-50 does.",
+        )
     linears = tuple(linear.info for index in range(model.blocks) for linear in model.stack.linears(index))
     anatomy = Anatomy(model.module, model.blocks, linears, model.stack.path, model.shapes)
     reshaper: Reshaper[Any] = registry.load("reshape", stage.method)(stage.method_options(), seed)

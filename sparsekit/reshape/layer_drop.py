@@ -59,6 +59,7 @@ class LayerDrop(Reshaper[LayerDropOptions]):
     """Leave out the blocks that the model misses least."""
 
     options_type = LayerDropOptions
+    keeps_zeros = True
 
     def __init__(self, options: LayerDropOptions, seed: int) -> None:
         """A random choice looks at nothing."""

@@ -252,6 +252,20 @@ def test_a_sliced_model_is_pruned_by_the_next_stage(wide, tmp_path):
     assert int((weight == 0).sum()) == weight.numel() // 2
 
 
+def test_a_pruned_model_is_not_sliced_but_may_lose_blocks(wide, tmp_path):
+    def go(model, out, recipe, *sets):
+        sets = ["calibration.source=builtin", "calibration.samples=4", "calibration.sequence_length=64", *sets]
+        return run.execute(
+            prepare(load_recipe(recipe, sets), open_model(str(model), Silent())), out, Silent(), evaluation=False
+        )
+
+    go(wide, tmp_path / "pruned", "wanda-50", "save.format=dense")
+    with pytest.raises(PlanError, match=r"the model is pruned \(wanda\), and slicegpt would fill its zeros") as caught:
+        slice_(tmp_path / "pruned", tmp_path / "out")
+    assert "prune what is left" in caught.value.hint
+    go(tmp_path / "pruned", tmp_path / "dropped", "shortgpt-25", "stages.0.drop=0.5", "stages.0.keep_first=0")
+
+
 def test_a_sliced_model_cannot_be_sliced_again_where_its_stream_is_in_pieces(tmp_path):
     folder = tiny.save("gpt_neox", tmp_path / "model", tie_word_embeddings=False)
     slice_(folder, tmp_path / "once", "allow_growth=true")
