@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekit.errors import UnsupportedFamily
 from sparsekit.lazy import torch
-from sparsekit.models.feeds import Feed, feeds
+from sparsekit.models.feeds import Feed, feeds, head_size
 from sparsekit.models.linears import Linear
 from sparsekit.models.roles import FamilySpec, family
 from sparsekit.models.structure import Stack
@@ -127,6 +127,8 @@ def require_channels(model: Any, block: Block) -> None:
         turned = {2 * len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
         if turned != {size}:
             reason = f"positions turn {', '.join(map(str, sorted(turned))) or 'none'} of {size}"
+        if size != head_size(model.config):
+            reason = f"some are gone already, {size} of {head_size(model.config)} are left"
     if reason:
         raise UnsupportedFamily(f"{what} cannot be removed: {reason}", where=block.prefix + spec.output)
 

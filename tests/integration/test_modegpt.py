@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsekit import run
 from sparsekit.checkpoint.shapes import PLAIN, read_shapes
+from sparsekit.convert import convert
 from sparsekit.errors import CheckpointError, ChecksumError, ModelError, PlanError, RecipeError, UnsupportedFamily
 from sparsekit.models.source import open_model
 from sparsekit.pack.verify import verify
@@ -17,7 +18,7 @@ from sparsekit.prepared import prepare
 from sparsekit.progress import Silent
 from sparsekit.recipe.load import load_recipe
 from sparsekit.reshape import modegpt as module
-from tests.runtime.support import assert_same
+from tests.runtime.support import assert_same, prune
 from tests.runtime.test_loading import python
 from tests.runtime.test_without_import import LOAD
 from tests.support import narrow, tiny
@@ -159,15 +160,39 @@ def test_generate_and_save_again(llama, tmp_path):
 
 
 def test_pruned_further_it_stays_narrow(llama, tmp_path):
-    from tests.runtime.support import prune
-
     out = prune(llama[1].out, tmp_path / "out", "bitmask", "wanda-50")
     assert verify(out, "semantic").ok
     assert shapes(out) == shapes(llama[1].out)
     assert int(load(out).model.layers[0].self_attn.q_proj.weight.count_nonzero()) == 32 * 24 // 2
+    dense = convert(out, "dense", tmp_path / "dense", Silent()).out
+    assert_same(load(out), load(dense))
     dropped = prune(llama[1].out, tmp_path / "dropped", "dense", "shortgpt-25")
     assert shapes(dropped).blocks[-1] == shapes(llama[1].out).blocks[-1]
     assert torch.isfinite(logits(load(dropped))).all()
+
+
+@pytest.mark.parametrize("others", [["slicegpt", "modegpt"], ["modegpt", "slicegpt"], ["modegpt", "tyr"]], ids="-".join)
+def test_beside_other_reshapers(others, tmp_path):
+    folder = tiny.save("llama", tmp_path / "model")
+    own = {
+        "slicegpt": {"width": 0.25, "rotation": "per_block", "allow_growth": True},
+        "modegpt": {"width": 0.25, "parts": "all", "multiple": 4, "head_multiple": 2},
+        "tyr": {"drop": 0.5, "choose": "uniform"},
+    }
+    stages = [{"stage": "reshape", "method": name, **own[name]} for name in others]
+    recipe = tmp_path / "both.yaml"
+    recipe.write_text(json.dumps({"sparsekit": 1, "name": "both", "description": "two", "stages": stages}))
+    prepared = prepare(load_recipe(str(recipe), SMALL[:5]), open_model(str(folder), Silent()))
+    out = run.execute(prepared, tmp_path / "out", Silent(), evaluation=False).out
+    model = load(out)
+    assert {block.self_attn.head_dim for block in model.model.layers} == {6}
+    torch.testing.assert_close(logits(model, cache=True), logits(model), atol=2e-4, rtol=1e-4)
+    assert verify(out, "semantic").ok
+
+
+def test_heads_that_have_lost_channels_lose_no_more(llama):
+    with pytest.raises(UnsupportedFamily, match="some are gone already, 6 of 8 are left"):
+        plan(llama[1].out, *PARTS)
 
 
 # --- sizes -------------------------------------------------------------------------------------------------
