@@ -20,6 +20,7 @@ from sparsekit.errors import LowCoverage, OutOfMemory, PlanError, TooFewTokens
 from sparsekit.lazy import torch
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.shapes import parameters, variant
+from sparsekit.models.structure import find_stack
 from sparsekit.pattern import NM, Pattern, parse_pattern
 from sparsekit.permutation import check_permutation
 from sparsekit.recipe.schema import PruneStage, ReshapeStage
@@ -119,47 +120,83 @@ class ReshapePlan:
         return bool(self.reshaper.needs or self.reshaper.probes())
 
 
-def plan_reshape(model: LazyModel, stage: ReshapeStage, seed: int, *, where: str) -> ReshapePlan:
-    """Resolve a reshape stage against a model; `where` names the stage in errors.
+def plan_reshapes(model: LazyModel, stages: Sequence[ReshapeStage], seed: int, first: int) -> tuple[ReshapePlan, ...]:
+    """Resolve reshape stages against a model, each against what the one before it will leave.
+
+    What a stage leaves is known where it has an outline; else the next stage is resolved against what there was.
+
+    Args:
+        model: The model as it is.
+        stages: What to do with it, in this order.
+        seed: Of all of them.
+        first: Number of the first stage in its recipe, for errors.
 
     Raises:
-        PlanError, UnsupportedFamily: The reshaper cannot do this model.
+        PlanError, UnsupportedFamily: A reshaper cannot do what it finds.
     """
-    pruned = getattr(model.module.config, "sparsity_config", None)
+    anatomy, plans = _anatomy(model.module, model.shapes), []
+    for position, stage in enumerate(stages, first):
+        try:
+            plan, anatomy = _plan_reshape(anatomy, stage, seed, model.dtype)
+        except PlanError as error:
+            where = f"stages.{position}"
+            error.where = f"{where}.{error.where}" if error.where else where
+            raise
+        plans.append(plan)
+    return tuple(plans)
+
+
+def _plan_reshape(anatomy: Anatomy, stage: ReshapeStage, seed: int, dtype: torch.dtype) -> tuple[ReshapePlan, Anatomy]:
+    """Return the plan of a stage, and the anatomy of what it leaves."""
+    _refuse_pruned(anatomy, stage)
+    reshaper: Reshaper[Any] = registry.load("reshape", stage.method)(stage.method_options(), seed)
+    _refuse_bases(reshaper, anatomy.shapes)
+    reshaper.check(anatomy)
+    before = parameters(anatomy.model)
+    if (outline := reshaper.outline(anatomy)) is None:
+        return ReshapePlan(stage, reshaper, anatomy, before, None), anatomy
+    shapes = anatomy.shapes if outline.shapes is None else outline.shapes
+    left = _anatomy(variant(anatomy.model, outline.config, shapes), shapes)
+    after = parameters(left.model)
+    if after >= before and not reshaper.grows:
+        raise PlanError(
+            f"the model would have {after:,} parameters, now it has {before:,}: no saving",
+            hint="Take more away, or set allow_growth: true in the stage.",
+        )
+    notes = (_change(stage, dtype, before, after, shapes), *outline.notes)
+    return ReshapePlan(stage, reshaper, anatomy, before, after, notes), left
+
+
+def _anatomy(model: Any, shapes: Shapes) -> Anatomy:
+    stack = find_stack(model)
+    blocks = len(stack.blocks)
+    linears = tuple(linear.info for index in range(blocks) for linear in stack.linears(index))
+    return Anatomy(model, blocks, linears, stack.path, shapes)
+
+
+def _refuse_pruned(anatomy: Anatomy, stage: ReshapeStage) -> None:
+    """Refuse to fill the zeros of a pruned model."""
+    pruned = getattr(anatomy.model.config, "sparsity_config", None)
     if pruned and not registry.load("reshape", stage.method).keeps_zeros:
         how = f" ({pruned.get('method')})" if isinstance(pruned, Mapping) and pruned.get("method") else ""
         raise PlanError(
             f"the model is pruned{how}, and {stage.method} would fill its zeros",
-            where=where,
             hint="Reshape the dense model first and prune what is left, as slicegpt-25-sparsegpt-50 does.",
         )
-    linears = tuple(linear.info for index in range(model.blocks) for linear in model.stack.linears(index))
-    anatomy = Anatomy(model.module, model.blocks, linears, model.stack.path, model.shapes)
-    reshaper: Reshaper[Any] = registry.load("reshape", stage.method)(stage.method_options(), seed)
-    try:
-        reshaper.check(anatomy)
-    except PlanError as error:
-        error.where = f"{where}.{error.where}" if error.where else where
-        raise
-    before = parameters(model.module)
-    if (outline := reshaper.outline(anatomy)) is None:
-        return ReshapePlan(stage, reshaper, anatomy, before, None)
-    shapes = anatomy.shapes if outline.shapes is None else outline.shapes
-    after = parameters(variant(model.module, outline.config, shapes))
-    if after >= before and not reshaper.grows:
+
+
+def _refuse_bases(reshaper: Reshaper[Any], shapes: Shapes) -> None:
+    """Refuse to compare what enters blocks with what leaves them where the two are in different bases."""
+    if shapes.chained and any(registry.load("stats", name).of == "flows" for name in reshaper.needs):
         raise PlanError(
-            f"the model would have {after:,} parameters, now it has {before:,}: no saving",
-            where=where,
-            hint="Take more away, or set allow_growth: true in the stage.",
+            "it compares what enters a block with what leaves it; shortcuts put the two into different bases",
+            hint="Put this stage before the slicing.",
         )
-    return ReshapePlan(
-        stage, reshaper, anatomy, before, after, (_change(stage, model, before, after, shapes), *outline.notes)
-    )
 
 
-def _change(stage: ReshapeStage, model: LazyModel, before: int, after: int, shapes: Shapes) -> str:
+def _change(stage: ReshapeStage, dtype: torch.dtype, before: int, after: int, shapes: Shapes) -> str:
     """Say what a stage makes of the size of a model, and who loads the result."""
-    item = torch.empty(0, dtype=model.dtype).element_size()
+    item = torch.empty(0, dtype=dtype).element_size()
     who = "plain transformers loads it" if shapes.plain else "it loads where sparsekit is imported"
     return (
         f"{stage.method}: {before:,} parameters become {after:,} ({after / before - 1:+.1%}), "

@@ -19,7 +19,7 @@ from sparsekit.plan import (
     check_probes,
     check_reshape_tokens,
     check_tokens,
-    plan_reshape,
+    plan_reshapes,
     plan_stage,
 )
 from sparsekit.progress import Silent
@@ -71,9 +71,7 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
     model = source.lazy()
     model.require_tensors()
     seed, first = recipe.calibration.seed, len(recipe.reshapes)
-    reshapes = tuple(
-        plan_reshape(model, stage, seed, where=f"stages.{position}") for position, stage in enumerate(recipe.reshapes)
-    )
+    reshapes = plan_reshapes(model, recipe.reshapes, seed, 0)
     plans = _plan_prunes(model, recipe)
     spec = recipe.calibration
     length = spec.sequence_length or min(2048, source.max_length)
@@ -118,8 +116,7 @@ def reshaped(prepared: Prepared, folder: Path, config: Mapping[str, JSON]) -> Pr
     model = opened.lazy()
     model.require_tensors()
     first, seed = 1 + len(prepared.recipe.reshapes) - len(prepared.reshapes), prepared.recipe.calibration.seed
-    rest = prepared.recipe.reshapes[first:]
-    reshapes = tuple(plan_reshape(model, stage, seed, where=f"stages.{n}") for n, stage in enumerate(rest, first))
+    reshapes = plan_reshapes(model, prepared.recipe.reshapes[first:], seed, first)
     plans = _plan_prunes(model, prepared.recipe)
     changed = {**prepared.config, **config}
     return replace(prepared, model=model, plans=plans, reshapes=reshapes, config=changed, shapes=model.shapes)

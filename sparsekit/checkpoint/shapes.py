@@ -69,6 +69,11 @@ class Shapes:
         """Whether they do not differ at all."""
         return self.stream is None and all(width == Widths() for width in self.blocks)
 
+    @property
+    def chained(self) -> bool:
+        """Whether shortcuts carry the residual stream from place to place, each in a basis of its own."""
+        return self.stream is not None and self.stream.shortcuts
+
     def of_blocks(self, kept: Sequence[int], count: int) -> Shapes:
         """Return the shapes of the model that has only the blocks `kept` of `count`, in their order."""
         blocks = tuple(self.blocks[block] for block in kept) if self.blocks else ()

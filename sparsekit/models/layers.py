@@ -58,12 +58,6 @@ def require_same_blocks(
             f"{type(model).__name__} scales attention by the number of the block, which would change",
             where="config.json: scale_attn_by_inverse_layer_idx",
         )
-    if shapes.stream is not None and shapes.stream.shortcuts:
-        raise UnsupportedFamily(
-            "every block's shortcuts lead to the basis of the next, so no block can go",
-            where="config.json: quantization_config.stream",
-            hint="Drop blocks first and slice afterwards, or slice with rotation: global.",
-        )
     stack, shorter = find_stack(model), find_stack(variant(model, changes, shapes))
     for place, block in enumerate(kept):
         difference = _difference(stack.blocks[block], shorter.blocks[place])

@@ -16,7 +16,7 @@ from sparsekit.errors import ModelError, UnsupportedFamily
 from sparsekit.lazy import torch
 from sparsekit.models.residual import Residual, residual
 from sparsekit.models.roles import family
-from sparsekit.models.structure import Stack
+from sparsekit.models.structure import Stack, find_stack
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,6 +39,7 @@ def slice_shapes(model: Any, stack: Stack, stream: Stream) -> None:
     """
     from sparsekit.models.shortcuts import add_shortcuts
 
+    model, stack = _with_head(model, stack)
     found = residual(model, stack)
     _check(model, found, stream)
     for name, axis, width in _axes(model, found, stream.widths):
@@ -48,6 +49,19 @@ def slice_shapes(model: Any, stack: Stack, stream: Stream) -> None:
     for index, block in enumerate(stack.blocks if stream.shortcuts else ()):
         numbers = [number for number, _ in found.of_block(index)]
         add_shortcuts(model, block, stream.widths[numbers[0] : numbers[-1] + 2])
+
+
+def _with_head(model: Any, stack: Stack) -> tuple[Any, Stack]:
+    """Return a model and its blocks; a bare base model, which reads no logits, inside one that does."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    if model.base_model is not model:
+        return model, stack
+    with init_empty_weights():
+        whole = AutoModelForCausalLM.from_config(model.config)
+    setattr(whole, whole.base_model_prefix, model)
+    return whole, find_stack(whole)
 
 
 def sliced_sizes(model: Any, found: Residual, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:

@@ -69,6 +69,11 @@ class LayerDrop(Reshaper[LayerDropOptions]):
     def check(self, anatomy: Anatomy) -> None:
         """Refuse more blocks than may go, and architectures in which blocks cannot move up."""
         options = self.options
+        if anatomy.shapes.chained:
+            raise PlanError(
+                "shortcuts carry the residual stream from block to block, each into the basis of the next: none can go",
+                hint="Drop blocks first and slice afterwards, or slice with rotation: global.",
+            )
         count, free = self._count(anatomy), anatomy.blocks - options.keep_first - options.keep_last
         if not 0 < count <= free:
             raise PlanError(

@@ -27,7 +27,6 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsekit.checkpoint.safetensors_file import read_header
 from sparsekit.checkpoint.shapes import FORMAT_VERSION, METHOD, Shapes, config_entries, holds_packed, read_shapes
 from sparsekit.checkpoint.source import PACKED_INDEX
 from sparsekit.errors import HeaderError, IndexMismatch, KernelsMissing, SparsekitError, UsageError, VersionError
@@ -308,12 +307,12 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         if not self._shapes.plain:
             give_shapes(model, find_stack(model), self._shapes)
-            _require_pieces(model, checkpoint_files or [])
-        for file in checkpoint_files or []:
-            opened = PackedFile(Path(file))
-            opened.check_parts()
-            self._facts |= opened.facts
-            self._files |= dict.fromkeys(opened.facts, str(file))
+        opened = [PackedFile(Path(file)) for file in checkpoint_files or []]
+        for file in opened:
+            file.check_parts()
+            self._facts |= file.facts
+            self._files |= dict.fromkeys(file.facts, str(file.path))
+        _require_whole(model, opened)
         if not self.quantization_config.dequantize:
             self._make_sparse(model)
         if not self._facts and holds_packed(self.quantization_config.to_dict()):
@@ -396,26 +395,21 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         return bool(self.quantization_config.dequantize)
 
 
-def _require_pieces(model: torch.nn.Module, files: list[str]) -> None:
-    """Refuse tensors that a model of other shapes has no place for, or lacks.
+def _require_whole(model: Any, files: list[PackedFile]) -> None:
+    """Refuse files that lack a tensor of the model, or have one of another shape or that it has no place for.
 
-    transformers would name no reason for the first, and make up random weights for the second.
+    transformers would name no reason, or warn and go on without it, a missing parameter at random.
     """
-    entries = {
-        name: (Path(file), read_header(Path(file)).tensors.get(name))
-        for file in files
-        for name in PackedFile(Path(file)).names()
-    }
-    if not entries:
-        return
-    becomes = headers.renamed(model, get_model_conversion_mapping(model), entries)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, (file, entry) in entries.items():
-        parameter = parameters.get(becomes[name].names[0])
-        stored = entry is not None and becomes[name].plain  # else it is packed, or joined with others
-        if parameter is not None and entry is not None and stored and entry.shape != tuple(parameter.shape):
-            raise headers.wrong_shape(name, entry.shape, parameter.shape, file)
-    folder = next(iter(entries.values()))[0].parent
+    names = {name: file for file in files for name in file.names()}
+    if not names:
+        return  # what holds nothing at all is refused as such
+    becomes = headers.renamed(model, get_model_conversion_mapping(model), names)
+    parameters = dict(model.named_parameters())
+    for name, target in becomes.items():
+        entry, parameter = names[name].header.tensors.get(name), parameters.get(target.names[0])
+        if target.plain and entry and parameter is not None and entry.shape != tuple(parameter.shape):
+            raise headers.wrong_shape(name, entry.shape, parameter.shape, names[name].path)
+    folder = files[0].path.parent
     headers.require_all(model, becomes, folder)
     headers.require_no_stray(model, becomes, folder)
 
