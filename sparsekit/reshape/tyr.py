@@ -41,6 +41,7 @@ from sparsekit.contracts import (
     Reshaper,
     WholeModel,
 )
+from sparsekit.errors import PlanError
 from sparsekit.models.block_files import read_block
 from sparsekit.models.shapes import plainly
 from sparsekit.models.structure import find_stack
@@ -152,7 +153,7 @@ class Tyr(Reshaper[TyrOptions]):
         return Reshaped(tuple(blocks), config, shapes, linears, kept)
 
     def _kinds(self, anatomy: Anatomy) -> list[Kind]:
-        """Return what can go of each block; raises UnsupportedFamily where it cannot."""
+        """Return what can go of each block; raises UnsupportedFamily or PlanError where it cannot."""
         options, model, stack = self.options, anatomy.model, find_stack(anatomy.model)
         found = []
         if options.parts != "neurons":
@@ -165,6 +166,13 @@ class Tyr(Reshaper[TyrOptions]):
             infos = tuple(linear.info for linear, _ in mlps)
             sets = {linear.name: each for linear, each in mlps}
             found.append(Kind("neurons", infos, sets, options.multiple, options.neuron_rounds))
+        for kind in found:
+            if len(outputs := {linear.out_features for linear in kind.linears}) > 1:
+                raise PlanError(
+                    f"blocks exchange {kind.name} one for one, but write streams of different widths: "
+                    f"{', '.join(map(str, sorted(outputs)))}",
+                    hint="Remove heads and neurons first and slice afterwards.",
+                )
         return found
 
     def _uniform(self, kinds: Sequence[Kind], start: Sequence[Mapping[str, int]]) -> _Pass:

@@ -221,7 +221,6 @@ def test_it_multiplies_packed(folder, tmp_path, monkeypatch):
 COMMANDS = [
     ["eval", "--samples", "2", "--sequence-length", "32"],
     ["generate", "--max-new-tokens", "4", "-p", "a"],
-    ["bench", "--rounds", "1", "--prompt-tokens", "8", "--new-tokens", "2"],
     ["inspect"],
 ]
 
@@ -229,8 +228,7 @@ COMMANDS = [
 @pytest.mark.parametrize("arguments", COMMANDS, ids=lambda a: a[0])
 def test_commands_take_it_for_a_model_like_any_other(folder, arguments):
     command, *options = arguments
-    baseline = ["--baseline", str(folder)] if command == "bench" else []
-    done = CliRunner().invoke(build(), [command, str(folder), *options, *baseline])
+    done = CliRunner().invoke(build(), [command, str(folder), *options])
     assert done.exit_code == 0, done.output
 
 
@@ -260,27 +258,35 @@ def test_without_shortcuts_blocks_can_be_dropped(level, tmp_path):
     assert verify(out, "semantic").ok
 
 
-NARROWED = {
-    "modegpt": {"parts": "all", "width": 0.25, "head_multiple": 2},
-    "tyr": {
-        "drop": 0.3, "passes": 1, "levels": 1, "samples": 3, "sequence_length": 32, "tokens": [32, 64],
-        "survivors": [1, 1], "offspring": 3, "generations": 2,
-    },
+TYR = {
+    "drop": 0.5, "passes": 2, "samples": 3, "sequence_length": 32, "tokens": [32, 64], "survivors": [1, 1],
+    "offspring": 3, "generations": 2,
 }  # fmt: skip
+NARROWED = [
+    (STREAM, "modegpt", {"parts": "all", "width": 0.25, "head_multiple": 2}),
+    (Stream((24,) * 7, shortcuts=True), "tyr", TYR),
+    (LEVEL, "tyr", TYR),
+]
 
 
-@pytest.mark.parametrize("method", sorted(NARROWED))
-def test_heads_and_neurons_can_still_be_removed(method, folder, tmp_path):
-    out = reshape(folder, tmp_path / "out", method, **NARROWED[method])
+@pytest.mark.parametrize(("stream", "method", "options"), NARROWED, ids=["modegpt", "tyr", "tyr-level"])
+def test_heads_and_neurons_can_still_be_removed(stream, method, options, tmp_path):
+    dense = model_of(stream)
+    out = reshape(sliced.write(dense, tmp_path / "source", stream), tmp_path / "out", method, **options)
     shapes = read_shapes(json.loads((out / "config.json").read_text())["quantization_config"])
-    assert shapes.stream == STREAM
+    assert shapes.stream == stream
     assert any(width.neurons for width in shapes.blocks)
     assert verify(out, "semantic").ok
-    model, lazy = load(out), open_model(str(out), Silent()).load()
-    assert_same(model, lazy)
-    assert model.model.layers[0].mlp.up_proj.weight.shape[1] == STREAM.widths[1]
-    assert torch.equal(model.get_parameter(SHORTCUT), load(folder).get_parameter(SHORTCUT))
+    model = load(out)
+    assert_same(model, open_model(str(out), Silent()).load())
+    assert model.model.layers[0].mlp.up_proj.weight.shape[1] == stream.widths[1]
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in shortcuts(out).items())
     assert model.generate(tiny.ids(1), max_new_tokens=3, do_sample=False).shape == (1, 27)
+
+
+def test_blocks_that_write_different_widths_exchange_no_heads(folder, tmp_path):
+    with pytest.raises(PlanError, match="write streams of different widths: 20, 24, 28"):
+        reshape(folder, tmp_path / "out", "tyr", **TYR)
 
 
 def test_shares_by_influence_need_one_basis(folder, tmp_path):
