@@ -76,6 +76,11 @@ class Residual:
     head: str
     scaled: bool
 
+    @property
+    def centred(self) -> bool:
+        """Whether its norms subtract the mean."""
+        return self.norm.startswith("layer")
+
     def of_block(self, block: int | None) -> list[tuple[int, Place]]:
         """Return the places of a block (None: the head's) with their numbers."""
         return [(number, place) for number, place in enumerate(self.places) if place.block == block]

@@ -23,37 +23,29 @@ Numbers: Llama-2-7B, WikiText-2, 20 / 25 / 30 % of the width: 6.64, 7.24, 8.12, 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from sparsekit import fs, ranks
+from sparsekit import ranks
 from sparsekit.checkpoint.jsonio import JSON
-from sparsekit.checkpoint.safetensors_file import encode
 from sparsekit.checkpoint.shapes import Shapes
-from sparsekit.contracts import Anatomy, MethodOptions, OpenBlock, ReshapeContext, Reshaped, Reshaper
-from sparsekit.errors import ChecksumError, PlanError
-from sparsekit.models.raw import to_raw
+from sparsekit.contracts import Anatomy, MethodOptions, ReshapeContext, Reshaped, Reshaper
+from sparsekit.errors import PlanError
 from sparsekit.models.residual import Residual, residual
 from sparsekit.models.shapes import parameters
 from sparsekit.models.slicing import plain_config, sliced_parameters, untied
 from sparsekit.models.structure import find_stack
 from sparsekit.rng import derive
 from sparsekit.solve.rotate import Rotation
-from sparsekit.solve.rotation import Basis, principal_basis, random_orientation, refitted
-from sparsekit.stats.gram import Gram
+from sparsekit.solve.rotation import Basis, principal_basis, random_orientation
+from sparsekit.solve.stream_bases import BasisFiles, StreamBases
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-_SEEN = "directions"
-"""The statistic of what readers see: a norm makes all tokens alike."""
 
 
 class SliceGPTOptions(MethodOptions):
@@ -138,11 +130,15 @@ class SliceGPT(Reshaper[SliceGPTOptions]):
         assert context.folder is not None  # noqa: S101  (a stage has one)
         stream = self._residual(context.anatomy)
         widths = self._widths(context.anatomy, stream)
-        find = self._one_basis if self.options.rotation == "global" else self._bases
+        bases = StreamBases(context, stream, self._stat, partial(self._basis, stream))
+        if self.options.rotation == "global":
+            found = bases.shared(widths[0] or 0, refit=self.options.refit is not False)
+        else:
+            found = bases.each(widths)
         folder = context.folder / "bases"
-        files: dict[str, JSON] = {}
-        for number, basis in find(context, stream, widths):
-            files[str(number)] = ranks.share(partial(_write, folder, number, basis))
+        files: dict[str, JSON] = {
+            str(number): ranks.share(partial(BasisFiles.write, folder, number, basis)) for number, basis in found
+        }
         read = {place.block: width for width, place in zip(widths, stream.places, strict=True) if width is not None}
         context.facts["width"] = {str(block): float(width) for block, width in read.items() if block is not None}
         return {"files": files}
@@ -154,11 +150,11 @@ class SliceGPT(Reshaper[SliceGPTOptions]):
         widths, files = self._widths(anatomy, stream), plan["files"]
         assert isinstance(files, dict)  # noqa: S101  (a plan that `plan` has made)
         config, shapes = self._shapes(anatomy, stream, widths)
-        bases = _Bases(folder / "bases", files, widths)
+        bases = BasisFiles(folder / "bases", files, widths)
         stack = find_stack(anatomy.model)
         prefixes = [stack.prefix(block) for block in range(anatomy.blocks)]
         rescaled = stream.scaled and shapes.stream is None
-        factor = (anatomy.model.config.hidden_size / bases.first) ** 0.5 if rescaled else 1.0
+        factor = (anatomy.model.config.hidden_size / (widths[0] or 0)) ** 0.5 if rescaled else 1.0
         rotation = Rotation(stream, bases, prefixes, self.options.rotation == "per_block", factor)
 
         def tensors(block: int | None) -> Mapping[str, Tensor]:
@@ -248,135 +244,12 @@ class SliceGPT(Reshaper[SliceGPTOptions]):
         name = type(anatomy.model).__name__
         return (f"plain transformers builds no {name} of width {width}, but one of {nearest} (multiple: {step})",)
 
-    def _basis(self, gram: Tensor, width: int, stream: Residual, number: int) -> Basis:
-        """Return the basis of a place, the same on all ranks."""
-        centred = _centred(stream)
-
-        def find() -> Basis:
-            basis = principal_basis(gram, width, centred=centred)
-            if self.options.orientation == "pca":
-                return basis
-            return random_orientation(basis, derive(self.seed, f"slicegpt.{number}"), centred=centred)
-
-        return ranks.share(find)
-
-    def _one_basis(
-        self, context: ReshapeContext, stream: Residual, widths: Sequence[int | None]
-    ) -> Iterator[tuple[int, Basis]]:
-        """Yield the one basis: of the streams of the dense model, at all places together."""
-        total: Gram | None = None
-        for _, gram in _streams(context, stream, self._stat):
-            if total is None:
-                total = gram
-            else:
-                total.merge(gram)
-        width = widths[0]
-        assert total is not None  # noqa: S101  (a model has blocks)
-        assert width is not None  # noqa: S101  (the head's place is cut with the others)
-        basis = self._basis(total.matrix, width, stream, 0)
-        if self.options.refit is not False:
-            for number, gram in _streams(context, stream, _SEEN):
-                yield number, ranks.share(partial(refitted, basis, gram.matrix, centred=_centred(stream)))
-        else:
-            yield from ((number, basis) for number in range(len(widths)))
-
-    def _bases(
-        self, context: ReshapeContext, stream: Residual, widths: Sequence[int | None]
-    ) -> Iterator[tuple[int, Basis]]:
-        """Yield the bases of the places in order, each of the stream as it is after all cuts before it."""
-        number = 0
-        with ExitStack() as hooks:
-            for block in context.blocks():
-                hooks.close()  # those of the block before, which ran with them until now
-                for k, norm in enumerate(_norms(context, stream, block)):
-                    width = widths[number]
-                    assert width is not None  # noqa: S101  (only the head's place is uncut)
-                    stat = block.observe([norm], self._stat)[norm] if k else block.inputs(self._stat)
-                    basis = self._basis(_gram(stat).matrix, width, stream, number)
-                    if k == 0:
-                        block.map_inputs(basis.project)
-                    else:
-                        _project_sum(hooks, context, stream, block, k, basis)
-                    yield number, basis
-                    number += 1
-                last = widths[number]
-                if block.index == context.anatomy.blocks - 1 and last is not None:
-                    stat = block.observe([""], self._stat)[""]
-                    yield number, self._basis(_gram(stat).matrix, last, stream, number)
-
-
-class _Bases(Sequence["Basis | None"]):
-    """The bases of all places, read when they are asked for."""
-
-    def __init__(self, folder: Path, files: Mapping[str, JSON], widths: Sequence[int | None]) -> None:
-        self._folder, self._files, self._widths = folder, files, widths
-
-    def __len__(self) -> int:
-        return len(self._widths)
-
-    @property
-    def first(self) -> int:
-        """Width of the first place."""
-        assert self._widths[0] is not None  # noqa: S101  (only the head's place is uncut)
-        return self._widths[0]
-
-    def __getitem__(self, number: Any) -> Any:
-        number = range(len(self))[number]
-        if self._widths[number] is None:
-            return None
-        return _read(self._folder, number, self._files)
-
-
-def _streams(context: ReshapeContext, stream: Residual, stat: str) -> Iterator[tuple[int, Gram]]:
-    """Walk the dense model once; yield the number and a gram matrix of the stream at each place."""
-    number = 0
-    for block in context.blocks():
-        _, *inner = _norms(context, stream, block)
-        behind = [""] if block.index == context.anatomy.blocks - 1 else []
-        yield number, _gram(block.inputs(stat))
-        found = block.observe([*inner, *behind], stat) if inner or behind else {}
-        for path in (*inner, *behind):
-            number += 1
-            yield number, _gram(found[path])
-        number += 1
-
-
-def _project_sum(
-    hooks: ExitStack, context: ReshapeContext, stream: Residual, block: OpenBlock, k: int, basis: Basis
-) -> None:
-    """Have a block's branch add what makes the sum with the stream one that the basis of the next place can hold."""
-    prefix = f"{context.anatomy.prefix}.{block.index}."
-    _, place = stream.of_block(block.index)[k - 1]
-    branch = place.branches[0]
-    share = float(getattr(block.block, "residual_multiplier", 1.0))  # of the branch, in the sum
-    entered = threading.local()  # samples go through a block side by side
-
-    def enter(module: Any, args: tuple[Tensor, ...]) -> None:
-        entered.stream = args[0]
-
-    def leave(module: Any, args: Any, out: Any) -> Any:
-        first = out[0] if isinstance(out, tuple) else out
-        changed = (basis.project(entered.stream + share * first) - entered.stream) / share
-        return (changed, *out[1:]) if isinstance(out, tuple) else changed
-
-    norm = block.block.get_submodule(branch.norm.removeprefix(prefix))
-    hooks.callback(norm.register_forward_pre_hook(enter).remove)
-    hooks.callback(block.block.get_submodule(branch.module.removeprefix(prefix)).register_forward_hook(leave).remove)
-
-
-def _norms(context: ReshapeContext, stream: Residual, block: OpenBlock) -> list[str]:
-    """Return a norm of each place of a block, relative to the block."""
-    prefix = f"{context.anatomy.prefix}.{block.index}."
-    return [place.branches[0].norm.removeprefix(prefix) for _, place in stream.of_block(block.index)]
-
-
-def _centred(stream: Residual) -> bool:
-    return stream.norm.startswith("layer")
-
-
-def _gram(stat: object) -> Gram:
-    assert isinstance(stat, Gram)  # noqa: S101  (what was asked for)
-    return stat
+    def _basis(self, stream: Residual, gram: Tensor, width: int, number: int) -> Basis:
+        """Return the basis of a place."""
+        basis = principal_basis(gram, width, centred=stream.centred)
+        if self.options.orientation == "pca":
+            return basis
+        return random_orientation(basis, derive(self.seed, f"slicegpt.{number}"), centred=stream.centred)
 
 
 def _spread(schedule: Sequence[float], blocks: int) -> list[float]:
@@ -391,22 +264,3 @@ def _spread(schedule: Sequence[float], blocks: int) -> list[float]:
         )
     first, last = schedule
     return [first + (last - first) * block / (blocks - 1) for block in range(blocks)]
-
-
-def _write(folder: Path, number: int, basis: Basis) -> str:
-    fs.make_folder(folder)
-    data = encode({"columns": to_raw(basis.columns), "back": to_raw(basis.back)}, {})
-    return fs.replace_file(_path(folder, number), data).sha256
-
-
-def _read(folder: Path, number: int, files: Mapping[str, JSON]) -> Basis:
-    from safetensors.torch import load_file
-
-    path = _path(folder, number)
-    if fs.sha256_file(path).sha256 != files[str(number)]:
-        raise ChecksumError("not what was written", where=str(path), hint="Run with --no-resume.")
-    return Basis(**load_file(path))
-
-
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"{number}.safetensors"
