@@ -115,6 +115,13 @@ description: heads and neurons become narrower
 stages:
   - {stage: reshape, method: modegpt, width: 0.25, parts: all, allocate: influence, multiple: 4, head_multiple: 2}
 """
+SLICED = """
+sparsekit: 1
+name: sliced
+description: a narrower stream
+stages:
+  - {stage: reshape, method: slicegpt, width: 0.25, rotation: %s, allow_growth: true}
+"""
 CASES = {
     "wanda": ("llama", "wanda-50", FIVE),
     "gradients": ("llama", "mfac-50", settings("stages.0.samples=3", "stages.0.sequence_length=32")),
@@ -125,11 +132,13 @@ CASES = {
     "layers dropped": ("llama", DROPPED, FIVE),
     "narrowed": ("llama", NARROWED, FIVE),
     "modular": ("llama", MODULAR, FIVE),
+    "sliced": ("llama", SLICED % "global", FIVE),
+    "sliced by block": ("llama", SLICED % "per_block", FIVE),
     "two stages and a null": ("llama", TWO_STAGES, [*FIVE, "--nulls", "random"]),
 }
 
 
-@pytest.mark.parametrize(("case", "size"), zip(CASES, [2, 3, 2, 2, 3, 2, 2, 2, 2, 2], strict=True))
+@pytest.mark.parametrize(("case", "size"), zip(CASES, [2, 3, 2, 2, 3, 2, 2, 2, 2, 2, 3, 2], strict=True))
 def test_any_number_of_ranks_makes_the_same_checkpoint(case, size, nursery, models, tmp_path):
     family, recipe, more = CASES[case]
     if "stages" in recipe:
