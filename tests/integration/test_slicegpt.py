@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparsekit import run
+from sparsekit.calibration import calibration_blocks
 from sparsekit.checkpoint.verify import verify
 from sparsekit.errors import PlanError, RecipeSchemaError, TooFewTokens, UnsupportedFamily
 from sparsekit.models.residual import residual
@@ -118,6 +119,39 @@ def test_ends_of_other_widths_are_refused_where_the_code_needs_them_alike(family
     with pytest.raises(UnsupportedFamily, match=message) as caught:
         slice_(folder, tmp_path / "out", "allow_growth=true", "rotation=per_block")
     assert "slice_head: true" in caught.value.hint
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "qwen3"])
+def test_every_basis_is_of_the_stream_that_the_sliced_model_computes(family, tmp_path):
+    """What is kept of principal components is uncorrelated, the largest first; of any other stream it would not be."""
+    folder = tiny.save(family, tmp_path / "model", tie_word_embeddings=False)
+    sets = ["allow_growth=true", "rotation=per_block", "width=0.25"]
+    slice_(folder, tmp_path / "out", *sets)
+    prepared = prepare(load_recipe("slicegpt-25", SMALL), open_model(str(folder), Silent()))
+    ids = calibration_blocks(prepared, Silent()).ids
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    original = AutoModelForCausalLM.from_pretrained(folder)
+    stream = residual(original, find_stack(original))
+    seen = {}
+
+    def keep(norm):
+        def hook(module, args):  # returns None: anything else would replace the input
+            seen[norm] = args[0].reshape(-1, 24).double()
+
+        return hook
+
+    for place in stream.places[:-1]:
+        norm = place.branches[0].norm
+        model.get_submodule(norm).register_forward_pre_hook(keep(norm))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    assert len(seen) == len(stream.places) - 1
+    for z in seen.values():
+        gram = z.T @ z
+        sizes = gram.diagonal()
+        off = (gram - sizes.diag()).abs() / (sizes[:, None] * sizes[None, :]).sqrt()
+        assert float(off.max()) < 1e-3
+        assert bool((sizes[:-1] >= 0.999 * sizes[1:]).all())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "granite", "opt"])
