@@ -1,0 +1,1 @@
+"""Generation in which a cheap version of a model drafts tokens and the model itself verifies them."""
