@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsekit import registry
+from sparsekit.activation_plan import ActivationPlan
 from sparsekit.contracts import LinearInfo, Probes, Stat
 from sparsekit.lanes import MAX_LANES, SOLVED_AT_ONCE
 from sparsekit.lazy import torch
@@ -45,6 +46,7 @@ def estimate(
     samples: int,
     sequence_length: int,
     reshapes: Sequence[ReshapePlan] = (),
+    activations: ActivationPlan | None = None,
 ) -> Cost:
     """Estimate memory, disk and time of running `plans` on `samples` sequences of `sequence_length` tokens.
 
@@ -67,11 +69,11 @@ def estimate(
     gradients = max((_gradient_bytes(model, plan) for plan in plans), default=0)
     memory += gradients
     wholes = [_whole_bytes(model, plan.allocator.probes(), plan.targets) for plan in plans]
-    whole = max([*wholes, *(_whole_bytes(model, plan.reshaper.probes(), ()) for plan in reshapes)])
+    whole = max([0, *wholes, *(_whole_bytes(model, plan.reshaper.probes(), ()) for plan in reshapes)])
     return Cost(
         memory_bytes=max(memory, BASE_MEMORY_BYTES + whole + reshape),  # the model is asked between two walks
         disk_bytes=model.weights.total_bytes + (16 << 20),
-        seconds=_forward_seconds(model, plans, reshapes, tokens, sequence_length) if tokens else None,
+        seconds=_forward_seconds(model, plans, reshapes, activations, tokens, sequence_length) if tokens else None,
         tokens=tokens,
         whole_bytes=whole,
         gradient_bytes=gradients,
@@ -172,6 +174,7 @@ def _forward_seconds(
     model: LazyModel,
     plans: Sequence[StagePlan],
     reshapes: Sequence[ReshapePlan],
+    activations: ActivationPlan | None,
     tokens: int,
     sequence_length: int,
 ) -> float:
@@ -197,6 +200,8 @@ def _forward_seconds(
             forwards += len(plan.free) * probes.samples * probes.sequence_length
     for reshape in reshapes:
         forwards += tokens * bool(reshape.reshaper.needs)
+    if activations is not None:
+        forwards += activations.forwards(tokens, sequence_length) / model.blocks
     for probes in (*(plan.allocator.probes() for plan in plans), *(plan.reshaper.probes() for plan in reshapes)):
         if probes is not None:
             forwards += probes.searched_tokens

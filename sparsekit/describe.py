@@ -14,6 +14,7 @@ from sparsekit import __version__
 from sparsekit.allocation import allocate_unseen
 from sparsekit.contracts import Probes
 from sparsekit.data.packing import TokenBlocks
+from sparsekit.describe_activations import describe_activation_plan
 from sparsekit.errors import CheckpointError
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.plan import ReshapePlan, StagePlan
@@ -35,6 +36,7 @@ def describe_plan(prepared: Prepared, out: Path) -> dict[str, Any]:
         "blocks": prepared.model.blocks,
         "reshapes": [_describe_reshape(plan) for plan in prepared.reshapes],
         "stages": [_describe_plan(prepared.model, plan) for plan in prepared.plans],
+        "activations": prepared.activations and describe_activation_plan(prepared.model, prepared.activations),
         "notes": list(prepared.notes),
         "cost": asdict(prepared.cost),
         "nulls": {name: asdict(null.cost) for name, null in prepared.nulls.items()},

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sparsekit.activation_plan import ActivationPlan, check_text, plan_activations
 from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.checkpoint.shapes import PLAIN, Shapes
 from sparsekit.cost import Cost, estimate
@@ -41,6 +42,7 @@ class Prepared:
         nulls: The same for each null of the recipe that is not the recipe itself.
         config: Keys of config.json that reshaping has changed.
         shapes: In what the shapes of the model differ from those of its configuration.
+        activations: Plan of the stage that calibrates activation sparsity; None without one.
     """
 
     recipe: Recipe
@@ -53,6 +55,7 @@ class Prepared:
     reshapes: tuple[ReshapePlan, ...] = ()
     config: Mapping[str, JSON] = field(default_factory=dict)
     shapes: Shapes = PLAIN
+    activations: ActivationPlan | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -63,7 +66,7 @@ class Prepared:
     @property
     def needs_data(self) -> bool:
         """Whether any stage reads calibration text."""
-        return any(plan.needs_data for plan in _all(self.reshapes, self.plans))
+        return self.activations is not None or any(plan.needs_data for plan in _all(self.reshapes, self.plans))
 
 
 def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
@@ -73,6 +76,7 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
     seed, first = recipe.calibration.seed, len(recipe.reshapes)
     reshapes = plan_reshapes(model, recipe.reshapes, seed, 0)
     plans = _plan_prunes(model, recipe)
+    activations = _plan_activations(model, recipe)
     spec = recipe.calibration
     length = spec.sequence_length or min(2048, source.max_length)
     if length > source.max_length:
@@ -80,11 +84,13 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
             f"calibration.sequence_length {length} is longer than the model's maximum {source.max_length}",
             hint=f"Set it to {source.max_length} or less.",
         )
-    samples = spec.samples if any(plan.needs_data for plan in _all(reshapes, plans)) else 0
+    samples = spec.samples if activations or any(plan.needs_data for plan in _all(reshapes, plans)) else 0
     for position, probed in enumerate(_all(reshapes, plans)):
         check_probes(probed, samples, length, where=f"stages.{position}")
     for position, reshape in enumerate(reshapes):
         check_reshape_tokens(reshape, samples * length, where=f"stages.{position}")
+    if activations is not None:
+        check_text(activations, samples, length, where=f"stages.{len(recipe.stages) - 1}")
     notes = tuple(note for reshape in reshapes for note in reshape.notes)
     notes += tuple(
         note
@@ -96,8 +102,10 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
         f"null {name} is left out: the recipe itself is {name}" for name, null in found.items() if null is None
     )
     nulls = {name: prepare(null, source) for name, null in found.items() if null is not None}
-    cost = estimate(model, plans, samples, length, reshapes)
-    return Prepared(recipe, source, model, plans, cost, notes, nulls, reshapes, shapes=model.shapes)
+    cost = estimate(model, plans, samples, length, reshapes, activations)
+    return Prepared(
+        recipe, source, model, plans, cost, notes, nulls, reshapes, shapes=model.shapes, activations=activations
+    )
 
 
 def reshaped(prepared: Prepared, folder: Path, config: Mapping[str, JSON]) -> Prepared:
@@ -118,12 +126,28 @@ def reshaped(prepared: Prepared, folder: Path, config: Mapping[str, JSON]) -> Pr
     first, seed = 1 + len(prepared.recipe.reshapes) - len(prepared.reshapes), prepared.recipe.calibration.seed
     reshapes = plan_reshapes(model, prepared.recipe.reshapes[first:], seed, first)
     plans = _plan_prunes(model, prepared.recipe)
+    activations = _plan_activations(model, prepared.recipe)
     changed = {**prepared.config, **config}
-    return replace(prepared, model=model, plans=plans, reshapes=reshapes, config=changed, shapes=model.shapes)
+    return replace(
+        prepared,
+        model=model,
+        plans=plans,
+        reshapes=reshapes,
+        config=changed,
+        shapes=model.shapes,
+        activations=activations,
+    )
 
 
 def _all(reshapes: Sequence[ReshapePlan], plans: Sequence[StagePlan]) -> list[ReshapePlan | StagePlan]:
     return [*reshapes, *plans]
+
+
+def _plan_activations(model: LazyModel, recipe: Recipe) -> ActivationPlan | None:
+    if recipe.activations is None:
+        return None
+    where = f"stages.{len(recipe.stages) - 1}"
+    return plan_activations(model, recipe.activations, recipe.calibration.seed, where=where)
 
 
 def _plan_prunes(model: LazyModel, recipe: Recipe) -> tuple[StagePlan, ...]:

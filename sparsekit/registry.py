@@ -25,6 +25,7 @@ ROOMS: dict[str, tuple[str, str, str]] = {
     "refine": ("refiner", "MaskRefiner", "sparsekit.refiners"),
     "update": ("update", "WeightUpdate", "sparsekit.updates"),
     "reshape": ("reshaper", "Reshaper", "sparsekit.reshapers"),
+    "activations": ("calibrator", "ActivationCalibrator", "sparsekit.calibrators"),
 }
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 

@@ -17,6 +17,7 @@ from typing import Any
 from sparsekit import fs, ranks
 from sparsekit.assemble import is_packed
 from sparsekit.calibration import calibration_blocks
+from sparsekit.checkpoint.source import SIDECAR
 from sparsekit.checkpoint.staging import StagedCheckpoint, differences, is_finished, recover
 from sparsekit.data.packing import TokenBlocks
 from sparsekit.describe import (
@@ -29,6 +30,7 @@ from sparsekit.describe import (
     tools,
     weights_bytes,
 )
+from sparsekit.describe_activations import describe_thinned
 from sparsekit.errors import OutputExists, RunError, UsageError
 from sparsekit.evaluate.evaluation import EvaluationReport
 from sparsekit.evaluate.gates import GatesSpec, check
@@ -124,6 +126,7 @@ def execute(
             "stages": [
                 describe_stage(plan, result) for plan, result in zip(ran.prepared.plans, ran.results, strict=True)
             ],
+            "activations": _activations(ran),
             "evaluation": scores.to_json() if scores else None,
             "missed_gates": check(GatesSpec(**prepared.recipe.gates.model_dump()), scores) if scores else [],
             "seconds": round(time.perf_counter() - start, 2),
@@ -151,6 +154,14 @@ def _finished(out: Path, identity: dict[str, Any]) -> Outcome | None:
     drop_scratch(out)
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return Outcome(out, report, missed_gates=tuple(report["missed_gates"]), already_finished=True)
+
+
+def _activations(ran: Ran) -> dict[str, Any] | None:
+    """Return what the activation stage did, None without one."""
+    plan = ran.prepared.activations
+    if plan is None or ran.thinned is None:
+        return None
+    return describe_thinned(ran.prepared.model, plan, ran.thinned)
 
 
 def _commit(
@@ -183,7 +194,17 @@ def _manifest(ran: Ran) -> dict[str, Any]:
         "tools": tools(),
         "tensors": {name: facts for name, facts in tensors.items() if name not in packed},
         "packed": {name: {**facts, **tensors[name]} for name, facts in packed.items()},
+        **_gates(ran),
     }
+
+
+def _gates(ran: Ran) -> dict[str, Any]:
+    """Return what the manifest says of activation sparsity, nothing without any."""
+    said = _activations(ran)
+    if said is None:
+        return {}
+    keys = ("method", "options", "sparsity", "budget", "found_sparsity", "allocate", "propagate", "protocol")
+    return {"activations": {"file": SIDECAR, **{key: said[key] for key in keys}, "held_out": said["held_out"]}}
 
 
 def _refuse_different_ranks(identity: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ None of them is ever committed. A run that was killed finds its shards in them a
 from __future__ import annotations
 
 import re
+import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,29 +19,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsekit import fs, ranks
+from sparsekit.activation_plan import held_out
 from sparsekit.allocation import Workspace
 from sparsekit.assemble import is_packed, shard_name, shard_names, write_model_files
 from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.checkpoint.recovery import Place
+from sparsekit.checkpoint.source import SIDECAR
 from sparsekit.checkpoint.staging import StagedCheckpoint
 from sparsekit.contracts import LinearInfo
+from sparsekit.data import TextSpec, load_blocks
 from sparsekit.data.packing import TokenBlocks
 from sparsekit.describe import tools
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import CalibrationError, SparsekitError
+from sparsekit.models.gate_files import GateFile, gate_file_bytes
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.shapes import parameters
 from sparsekit.pack import Encoding, Layout
 from sparsekit.plan import ReshapePlan, StagePlan
 from sparsekit.prepared import Prepared, reshaped
-from sparsekit.progress import Reporter
-from sparsekit.prune import Form, StageResult, prune_stage
+from sparsekit.progress import Reporter, Silent
+from sparsekit.prune import Form, StageResult, checkpoint_tensors, prune_stage
 from sparsekit.recipe.schema import Recipe, Stage
 from sparsekit.reshaping import ReshapeResult, reshape_stage
+from sparsekit.thinning import Thinned, thin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _STAGE = re.compile(r"stage-\d+")
+OTHER = "Python source code"
+"""Text of another kind that activation sparsity is measured on: the sources of the standard library."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +59,13 @@ class Ran:
         prepared: The plans as they were in the end, for the model that reshaping has left.
         reshapes: What each reshape stage did.
         results: What each prune stage did.
+        thinned: What the activation stage did; None without one.
     """
 
     prepared: Prepared
     reshapes: tuple[ReshapeResult, ...]
     results: tuple[StageResult, ...]
+    thinned: Thinned | None = None
 
 
 def run_stages(
@@ -77,7 +87,8 @@ def run_stages(
         resume: Go on with stages that an interrupted run left.
         database: Where searches keep what they measure; None: beside OUT.
     """
-    run = _Run(blocks, staged, reporter, resume, database, len(prepared.recipe.stages))
+    writing = len(prepared.recipe.reshapes) + len(prepared.recipe.prunes)
+    run = _Run(blocks, staged, reporter, resume, database, writing)
     reshapes: list[ReshapeResult] = []
     while prepared.reshapes:
         plan = prepared.reshapes[0]
@@ -93,16 +104,57 @@ def run_stages(
     names = shard_names(prepared)
     results = []
     for position, pruned in enumerate(prepared.plans, len(reshapes)):
-        last = position == run.stages - 1
+        last = position == run.writing - 1
         form = _form(prepared.recipe) if last and is_packed(prepared) else None
         workspace = run.workspace(position, prepared, pruned.stage, pruned.free)
         with run.folder(position) as work:
             results.append(
                 prune_stage(prepared.model, pruned, run.samples(pruned), work, names, reporter, form, workspace)
             )
-    if prepared.plans:
+    if not writing:
+        ranks.share(lambda: _copy_blocks(prepared.model, names, staged))
+    if prepared.plans or not writing:
         ranks.share(lambda: write_model_files(prepared, staged, prepared.model.blocks))
-    return Ran(prepared, tuple(reshapes), tuple(results))
+    return Ran(prepared, tuple(reshapes), tuple(results), _thin(prepared, blocks, staged, reporter))
+
+
+def _copy_blocks(model: LazyModel, names: Sequence[str], staged: StagedCheckpoint) -> None:
+    """Write the shards of all blocks as they are."""
+    for index in range(model.blocks):
+        if staged.finished(f"block-{index}") is None:
+            staged.write_shard(f"block-{index}", names[index], checkpoint_tensors(model, index, {}), {})
+
+
+def _thin(
+    prepared: Prepared, blocks: TokenBlocks | None, staged: StagedCheckpoint, reporter: Reporter
+) -> Thinned | None:
+    """Calibrate activation sparsity of what is written, and write it beside the weights."""
+    plan = prepared.activations
+    if plan is None:
+        return None
+    assert blocks is not None  # noqa: S101  (such a plan needs data)
+    others = ranks.share(lambda: _other_text(prepared, blocks, reporter))
+    thinned = thin(prepared.model, plan, blocks.ids, others, reporter)
+    weights = {path.name: path.stat().st_size for path in sorted(staged.folder.glob("*model*.safetensors"))}
+    shares = {name: round(stat.share, 6) for name, stat in thinned.held_out.dropped.items()}
+    content = GateFile(thinned.gates, plan.stage.dense_tokens, plan.stage.prefill, weights, shares)
+    ranks.share(lambda: staged.write_file(SIDECAR, gate_file_bytes(content)))
+    return thinned
+
+
+def _other_text(prepared: Prepared, blocks: TokenBlocks, reporter: Reporter) -> dict[str, Tensor]:
+    """Return ids of source code, text of another kind than any prose: do thresholds carry over?"""
+    samples, length = blocks.ids.shape
+    spec = TextSpec(source=f"{sysconfig.get_path('stdlib')}/*.py", samples=held_out(samples), sequence_length=length)
+    source = prepared.source
+    try:
+        code = load_blocks(
+            spec, source.tokenizer, model_max_length=source.max_length, part="held_out", reporter=Silent()
+        )
+    except CalibrationError as error:  # a Python without its sources
+        reporter.note(f"activation sparsity is not measured on source code: {error.message}")
+        return {}
+    return {OTHER: code.ids}
 
 
 def _require_planned(plan: ReshapePlan, model: LazyModel) -> None:
@@ -114,14 +166,14 @@ def _require_planned(plan: ReshapePlan, model: LazyModel) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """What all stages of a run share; `stages` is their number."""
+    """What all stages of a run share; `writing` is the number of those that write weights."""
 
     blocks: TokenBlocks | None
     staged: StagedCheckpoint
     reporter: Reporter
     resume: bool
     database: Path | None
-    stages: int
+    writing: int
 
     def samples(self, plan: StagePlan | ReshapePlan) -> Tensor | None:
         """Return the calibration ids, None for a stage that reads none."""
@@ -135,7 +187,7 @@ class _Run:
     @contextmanager
     def folder(self, position: int) -> Iterator[StagedCheckpoint]:
         """Open where a stage writes: the checkpoint itself for the last one, else a folder beside it."""
-        if position == self.stages - 1:
+        if position == self.writing - 1:
             yield self.staged
             return
         folder = self.staged.out.with_name(f"{self.staged.out.name}.stage-{position}")

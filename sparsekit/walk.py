@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparsekit import ranks, registry
 from sparsekit.contracts import OpenBlock, Stat
@@ -42,6 +43,8 @@ class Visit(OpenBlock):
         self.index = index
         self.block = block
         self.linears: list[Linear] = walk.model.stack.linears(index)
+        self.prefix = walk.model.stack.prefix(index)
+        self.dtype = walk.model.dtype
         self.notes: list[str] = []
         self._walk = walk
 
@@ -74,6 +77,23 @@ class Visit(OpenBlock):
             name: Of the statistic.
         """
         return self._walk.observe(self, paths, registry.load("stats", name))
+
+    def watch(self, inputs: Mapping[str, Stat], outputs: Mapping[str, Stat] = MappingProxyType({})) -> dict[str, Stat]:
+        """Run the block on all samples as far as needed; return the statistics with what they have seen.
+
+        Args:
+            inputs: Name of a linear of the block -> statistic of its inputs.
+            outputs: Path of a module, relative to the block -> statistic of what it returns.
+        """
+        return self._walk.watch(self, inputs, outputs)
+
+    def sequence(self) -> list[list[Linear]]:
+        """Return the block's linears in the order they run in; those that get the same input are together."""
+        return self._walk.sequence(self)
+
+    def outputs(self) -> list[Tensor]:
+        """Run the block on all samples; return what leaves it, [..., tokens, hidden] of each of this rank's."""
+        return self._walk.outputs(self)
 
     def inputs(self, name: str) -> Stat:
         """Return the statistic `name` of the hidden states in front of the block."""
@@ -217,6 +237,46 @@ class _Walk:
                 handle.remove()
         return _merged(observer.stats)
 
+    def watch(self, visit: Visit, inputs: Mapping[str, Stat], outputs: Mapping[str, Stat]) -> dict[str, Stat]:
+        observer = _Observer({**inputs, **outputs}, all_seen_ends=True)
+        handles = tap_inputs([linear for linear in visit.linears if linear.name in inputs], observer.see)
+        handles += [
+            visit.block.get_submodule(path).register_forward_hook(observer.behind(path)) for path in outputs
+        ]
+        try:
+            self._forward(visit, keep=False, observer=observer)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return _merged(observer.stats)
+
+    def sequence(self, visit: Visit) -> list[list[Linear]]:
+        linears = {linear.name: linear for linear in visit.linears}
+        names = ranks.share(lambda: self._sequence(visit))
+        return [[linears[name] for name in together] for together in names]
+
+    def _sequence(self, visit: Visit) -> list[list[str]]:
+        """Return the names of the linears in the order of their calls on the first sample, by input."""
+        inputs: list[tuple[Tensor, list[str]]] = []
+
+        def tap(name: str, x: Tensor) -> None:
+            if not inputs or inputs[-1][0] is not x:
+                inputs.append((x, []))
+            inputs[-1][1].append(name)
+
+        handles = tap_inputs(visit.linears, tap)
+        try:
+            run_block(visit.block, self.hidden[0], self.calls[visit.index][0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [together for _, together in inputs]
+
+    def outputs(self, visit: Visit) -> list[Tensor]:
+        calls = self.calls[visit.index]
+        with ranks.together():
+            return [run_block(visit.block, hidden, call) for hidden, call in zip(self.hidden, calls, strict=True)]
+
     def _of_stream(self, kind: type[Stat]) -> Stat:
         """Return an empty statistic of hidden states."""
         if self.samples is None:
@@ -286,28 +346,44 @@ def _merged(own: dict[str, Stat]) -> dict[str, Stat]:
 
 
 class _Observer:
-    """Feeds what enters modules to statistics, in the order of the samples."""
+    """Feeds what passes modules to statistics, in the order of the samples."""
 
-    def __init__(self, stats: dict[str, Stat]) -> None:
+    def __init__(self, stats: dict[str, Stat], *, all_seen_ends: bool = False) -> None:
         self.stats = stats
+        self._all_seen_ends = all_seen_ends
         self._sample = _Sample()
 
     def begin(self, sample: int, turns: Turns) -> None:
         """The calling thread starts a sample."""
-        self._sample.number, self._sample.turns = sample, turns
+        self._sample.number, self._sample.turns, self._sample.seen = sample, turns, set()
 
+    # Hooks must return None: anything else replaces the module's input or output.
     def hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        # A pre-hook must return None: anything else replaces the module's input.
+        """Return a pre-hook that sees what enters a module."""
+
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self.see(path, args[0])
 
         return hook
 
-    def see(self, path: str, x: Tensor) -> None:
-        """Add `x: [..., hidden]` to the statistic of `path`, if there is one."""
-        if path in self.stats:
-            with self._sample.turns.turn(path, self._sample.number):
-                self.stats[path].update(x.reshape(-1, x.shape[-1]))
+    def behind(self, path: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        """Return a hook that sees what a module returns."""
+
+        def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+            self.see(path, out)
+
+        return hook
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Add `x: [..., width]` to the statistic of this name, if there is one."""
+        sample = self._sample
+        if name not in self.stats:
+            return
+        with sample.turns.turn(name, sample.number):
+            self.stats[name].update(x.reshape(-1, x.shape[-1]))
+        sample.seen.add(name)
+        if self._all_seen_ends and len(sample.seen) == len(self.stats):
+            raise _SeenAll
 
 
 class _SeenAll(Exception):  # a signal that ends a pass, not an error

@@ -20,6 +20,8 @@ INDEX = "model.safetensors.index.json"
 PACKED_STEM = "sparsekit_model"
 """What packed or narrow weights are called: no loader that cannot read them finds anything under the usual name."""
 PACKED_INDEX = f"{PACKED_STEM}.safetensors.index.json"
+SIDECAR = "sparsekit_activation.safetensors"
+"""Gates of activation sparsity; not a weight file."""
 INDEX_LIMIT_BYTES = 1 << 27
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _COPY_HINT = "Incomplete copy or download? Fetch the folder again."

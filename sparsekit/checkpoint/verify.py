@@ -152,7 +152,7 @@ class _Check:
     def headers(self) -> None:
         """The shards hold exactly the tensors of the manifest, with their dtypes and shapes."""
         for name in self.usable:
-            if not name.endswith(".safetensors"):
+            if not name.endswith(".safetensors") or name == source.SIDECAR:
                 continue
             try:
                 header = read_header(self.folder / name)

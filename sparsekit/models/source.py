@@ -139,7 +139,7 @@ class ModelSource:
         return {"dtype": str(self.dtype).removeprefix("torch."), "files": dict(sorted(files.items()))}
 
     def load(self, *, packed: bool = False) -> PreTrainedModel:
-        """Load the whole model for inference with plain `from_pretrained`.
+        """Load the whole model for inference with plain `from_pretrained`, and the gates beside it, if there are any.
 
         Args:
             packed: Let layers multiply with packed weights where the checkpoint and this installation have what that
@@ -148,6 +148,8 @@ class ModelSource:
         """
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging as transformers_logging
+
+        from sparsekit.runtime import gates
 
         transformers_logging.disable_progress_bar()
         if self.packed and not packed:
@@ -168,6 +170,8 @@ class ModelSource:
             )
         model.eval()
         model.requires_grad_(False)
+        if not gates.attached(model):  # of a packed checkpoint they come with the weights
+            gates.attach_folder(model, self.folder, kernels=packed)
         return model
 
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from sparsekit import registry
-from sparsekit.recipe.schema import Null, PruneStage, Recipe, ReshapeStage, Stage
+from sparsekit.recipe.schema import ActivationStage, Null, PruneStage, Recipe, ReshapeStage, Stage
 
 NULLS: dict[str, str] = {
     "uniform": "the same recipe with one sparsity for every matrix",
@@ -32,6 +32,8 @@ def null_recipe(recipe: Recipe, null: Null) -> Recipe | None:
 
 
 def _null_stage(stage: Stage, raw: dict[str, Any], null: Null) -> dict[str, Any]:
+    if isinstance(stage, ActivationStage):
+        return {**raw, "allocate": "uniform"} if null == "uniform" else raw
     if isinstance(stage, ReshapeStage):
         options = registry.load("reshape", stage.method)(stage.method_options(), 0).null(
             null

@@ -14,10 +14,12 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
@@ -177,12 +179,68 @@ class ReshapeStage(Section):
         return _options(self, "reshape")
 
 
-Stage = PruneStage | ReshapeStage
-STAGES: dict[str, tuple[type[PruneStage | ReshapeStage], str]] = {
-    "prune": (PruneStage, "pruners"),
+class ActivationBudget(Section):
+    """What activation sparsity may cost."""
+
+    perplexity: Annotated[float, BeforeValidator(lambda value: _rise(value)), Field(gt=0, le=10)] = Field(
+        description="rise of the perplexity on held-out calibration text: 0.01 or +1%"
+    )
+
+
+class ActivationStage(Section):
+    """Activation sparsity: what small entries are skipped at run time; the options of its method stand beside these."""
+
+    stage: Literal["activations"] = Field(description="kind of stage; comes last")
+    method: str = Field(description="name of a calibrator")
+    sparsity: float | None = Field(
+        default=None, gt=0, lt=1, description="share of the covered weights that is not read; or give a budget"
+    )
+    budget: ActivationBudget | None = Field(default=None, description="as much sparsity as this cost allows")
+    allocate: Literal["uniform", "greedy", "global"] = Field(
+        default="greedy",
+        description="uniform: every signal alike; greedy: by measured errors within each block; global: between blocks",
+    )
+    targets: tuple[str, ...] = Field(default=(), description="globs or re:... over signals; empty: all of the method's")
+    ignore: tuple[str, ...] = Field(default=(), description="globs or re:... over signals to leave dense")
+    propagate: Literal["sparse", "dense"] = Field(
+        default="sparse", description="sparse: thresholds are taken where earlier signals are thinned out already"
+    )
+    dense_tokens: int = Field(default=1, ge=0, description="first tokens of a text that stay dense")
+    prefill: Literal["dense", "sparse"] = Field(default="dense", description="what generation does with the prompt")
+    probe_samples: int = Field(default=2, ge=1, description="samples that errors are measured on for the allocation")
+    tolerance: float = Field(
+        default=0.01, gt=0, lt=1, description="how far sparsity on held-out text may be from what was asked for"
+    )
+    min_coverage: float | None = Field(
+        default=None, ge=0, le=1, description="least share of the blocks' weights to cover; null: the method's"
+    )
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        if (self.sparsity is None) == (self.budget is None):
+            got = "neither is given" if self.sparsity is None else "both are given"
+            raise ValueError(f"needs either sparsity or budget; {got}")
+        return self
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _selectors(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in entries:
+            _check_selector(entry)
+        return entries
+
+    def method_options(self) -> Any:
+        """Return the options of the method: an instance of its `options_type`."""
+        return _options(self, "activations")
+
+
+Stage = PruneStage | ReshapeStage | ActivationStage
+STAGES: dict[str, tuple[type[Stage], str]] = {
     "reshape": (ReshapeStage, "reshape"),
+    "prune": (PruneStage, "pruners"),
+    "activations": (ActivationStage, "activations"),
 }
-"""Kind of stage -> its model, and the room that its `method` is of."""
+"""Kind of stage, in the order they run -> its model, and the room that its `method` is of."""
 
 
 class SaveSpec(Section):
@@ -260,23 +318,35 @@ class Recipe(Section):
     gates: Gates = Gates()
 
     @model_validator(mode="after")
-    def _reshape_first(self) -> Self:
+    def _in_order(self) -> Self:
         kinds = [stage.stage for stage in self.stages]
-        if kinds != sorted(kinds, reverse=True):
-            raise ValueError("a reshape stage stands behind a prune stage; reshape first, what is left is then pruned")
+        order = [*STAGES]
+        for before, kind in pairwise(kinds):
+            if order.index(before) > order.index(kind):
+                raise ValueError(
+                    f"{_article(kind)} stage stands behind {_article(before)} stage; the order is reshape, prune, "
+                    "activations: each works on what the ones before it have left"
+                )
+        if kinds.count("activations") > 1:
+            raise ValueError("two activations stages; a signal has one threshold, so one stage sets them all")
         if self.save.format not in ("auto", "dense") and "prune" not in kinds:
             raise ValueError(f"save.format {self.save.format} packs pruned weights, and no stage prunes")
         return self
 
     @property
     def prunes(self) -> tuple[PruneStage, ...]:
-        """Stages that prune; they come last."""
+        """Stages that prune."""
         return tuple(stage for stage in self.stages if isinstance(stage, PruneStage))
 
     @property
     def reshapes(self) -> tuple[ReshapeStage, ...]:
         """Stages that change shapes; they come first."""
         return tuple(stage for stage in self.stages if isinstance(stage, ReshapeStage))
+
+    @property
+    def activations(self) -> ActivationStage | None:
+        """The stage that calibrates activation sparsity; it comes last."""
+        return next((stage for stage in self.stages if isinstance(stage, ActivationStage)), None)
 
     def resolved(self) -> dict[str, Any]:
         """Return the whole recipe as JSON-able data: defaults and methods' options in, nothing inherited."""
@@ -338,12 +408,12 @@ def _options(joined: BaseModel, room: str) -> Any:
 
 
 def _stage(value: Any) -> Stage:
-    if isinstance(value, PruneStage | ReshapeStage):
+    if isinstance(value, PruneStage | ReshapeStage | ActivationStage):
         value = value.model_dump(mode="json")
     kind = value.get("stage") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind not in STAGES:
         hint = near(kind, STAGES)
-        text = f"must be {' or '.join(STAGES)}, got {kind!r}" + (f"; did you mean {hint!r}?" if hint else "")
+        text = f"must be {', '.join([*STAGES][:-1])} or {[*STAGES][-1]}, got {kind!r}" + (f"; did you mean {hint!r}?" if hint else "")
         error = PydanticCustomError("kind", "{text}", {"text": text})
         raise _errors(PruneStage, [{"type": error, "loc": ("stage",), "input": kind}])
     known = stage_kind(value)
@@ -421,6 +491,16 @@ def _detail(item: Any) -> InitErrorDetails:
 
 def _errors(model: type[BaseModel], problems: list[InitErrorDetails]) -> ValidationError:
     return ValidationError.from_exception_data(model.__name__, problems, input_type="json")
+
+
+def _rise(value: Any) -> Any:
+    """Turn a text such as +1% into a number."""
+    found = re.fullmatch(r"\+?(\d+(?:\.\d+)?)\s*%", value) if isinstance(value, str) else None
+    return float(found[1]) / 100 if found else value
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 def _check_selector(entry: str) -> None:

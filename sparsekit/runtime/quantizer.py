@@ -39,6 +39,7 @@ from sparsekit.pack.tensor import SHAPE
 from sparsekit.pack.verify import require_claims
 from sparsekit.runtime import native
 from sparsekit.runtime.dense import use_streaming
+from sparsekit.runtime.gates import attach_folder
 from sparsekit.runtime.modules import SparseLinear
 from sparsekit.runtime.repack import dense, repack
 
@@ -347,6 +348,8 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
             use_streaming(model)
             _leave_files(model)
             release_freed()
+        for folder in sorted({Path(file).parent for file in self._files.values()}):  # forwards are what they will be
+            attach_folder(model, folder, kernels=not self.quantization_config.dequantize)
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:

@@ -1,0 +1,212 @@
+"""Gates as a file beside the weights: `sparsekit_activation.safetensors`, see docs/format.md.
+
+The file holds numbers, never a method: a rule for every signal with its thresholds, counts or deviations, and what the
+weights were that they belong to. Whatever it says is checked before a gate is made of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sparsekit.checkpoint.safetensors_file import encode, read_header
+from sparsekit.checkpoint.source import SIDECAR
+from sparsekit.contracts import Remainder
+from sparsekit.errors import CheckpointError, VersionError
+from sparsekit.lazy import torch
+from sparsekit.models.gates import Gate, Gaussian, Placed, Threshold, TopK
+from sparsekit.models.raw import read_tensor, to_raw
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERSION = 1
+_KEY = "sparsekit_activation"
+_HINT = "Copy the file again, or calibrate again."
+
+
+@dataclass(frozen=True)
+class GateFile:
+    """What the file holds.
+
+    Attributes:
+        gates: Name of a signal -> its gate.
+        dense_tokens: First tokens of a text that stay dense.
+        prefill: Whether prompts are thinned out in generation.
+        weights: Name of a weight file -> its size in bytes; those that the gates belong to.
+        shares: Name of a signal -> share of it that is left out on held-out text.
+    """
+
+    gates: Mapping[str, Placed]
+    dense_tokens: int
+    prefill: Literal["dense", "sparse"]
+    weights: Mapping[str, int]
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+
+def gate_file_bytes(content: GateFile) -> bytes:
+    """Return the bytes of the file."""
+    tensors: dict[str, Tensor] = {}
+    sites: dict[str, Any] = {}
+    for name, placed in content.gates.items():
+        facts: dict[str, Any] = {"signal": placed.kind, "share": content.shares.get(name)}
+        match placed.gate:
+            case Threshold(t):
+                facts["rule"] = "threshold"
+                tensors[f"{name}.act_threshold"] = t
+            case TopK(count, w):
+                facts |= {"rule": "top_k", "count": count}
+                tensors[f"{name}.act_importance"] = w
+            case Gaussian(deviations):
+                facts |= {"rule": "gaussian", "deviations": deviations}
+        if placed.remainder is not None:
+            facts["remainder"] = placed.remainder.sparsity
+            tensors[f"{name}.act_left"] = placed.remainder.left.contiguous()
+            tensors[f"{name}.act_right"] = placed.remainder.right.contiguous()
+        sites[name] = facts
+    said = {
+        "version": VERSION,
+        "dense_tokens": content.dense_tokens,
+        "prefill": content.prefill,
+        "weights": dict(content.weights),
+        "sites": sites,
+    }
+    metadata = {_KEY: json.dumps(said, sort_keys=True, separators=(",", ":"))}
+    return b"".join(encode({name: to_raw(tensor) for name, tensor in tensors.items()}, metadata))
+
+
+def read_gate_file(folder: Path) -> GateFile | None:
+    """Return the gates of a model folder, None where it has none.
+
+    Raises:
+        CheckpointError: The file is damaged, or belongs to other weights.
+        VersionError: A newer sparsekit wrote it.
+    """
+    path = folder / SIDECAR
+    if not path.is_file():
+        return None
+    header = read_header(path)
+    said = _said(header.metadata.get(_KEY), path)
+    reader = _Reader(path, set(header.tensors))
+    gates = {name: reader.placed(name, facts) for name, facts in said["sites"].items()}
+    if stray := sorted(reader.unread):
+        raise CheckpointError("a tensor that no signal of the file has", where=f"{path}: {stray[0]}", hint=_HINT)
+    found = GateFile(
+        gates,
+        said["dense_tokens"],
+        said["prefill"],
+        said["weights"],
+        {name: facts["share"] for name, facts in said["sites"].items() if facts.get("share") is not None},
+    )
+    _require_weights(found, folder)
+    return found
+
+
+def _said(text: str | None, path: Path) -> dict[str, Any]:
+    """Return what the header says, with the keys that everything relies on."""
+    try:
+        said = json.loads(text or "null")
+    except ValueError:
+        said = None
+    if not isinstance(said, dict) or not isinstance(said.get("version"), int):
+        raise CheckpointError("its header does not describe any signals", where=str(path), hint=_HINT)
+    if said["version"] > VERSION:
+        raise VersionError(
+            f"activation file version {said['version']}, this sparsekit reads {VERSION}",
+            where=str(path),
+            hint="Upgrade: pip install --upgrade sparsekit",
+        )
+    weights, sites = said.get("weights"), said.get("sites")
+    if (
+        type(said.get("dense_tokens")) is not int
+        or said["dense_tokens"] < 0
+        or said.get("prefill") not in ("dense", "sparse")
+        or not isinstance(weights, dict)
+        or not all(type(size) is int for size in weights.values())
+        or not isinstance(sites, dict)
+        or not all(isinstance(facts, dict) for facts in sites.values())
+    ):
+        raise CheckpointError(
+            "dense_tokens, prefill, weights or sites in its header are malformed", where=str(path), hint=_HINT
+        )
+    return said
+
+
+def _require_weights(found: GateFile, folder: Path) -> None:
+    """Refuse thresholds beside other weights than those they were calibrated for, as far as sizes tell."""
+    for name, size in found.weights.items():
+        path = folder / name
+        actual = path.stat().st_size if path.is_file() else None
+        if actual != size:
+            got = "is not there" if actual is None else f"has {actual:,} bytes"
+            raise CheckpointError(
+                f"belongs to {name} of {size:,} bytes, which {got}",
+                where=str(folder / SIDECAR),
+                hint="The weights were changed: calibrate again, or delete this file to run dense.",
+            )
+
+
+class _Reader:
+    """Makes gates of the file's tensors; `unread` are those nobody has asked for."""
+
+    def __init__(self, path: Path, names: set[str]) -> None:
+        self.path = path
+        self.unread = names
+
+    def placed(self, name: str, facts: Mapping[str, Any]) -> Placed:
+        """Return the gate of a signal."""
+        kind = facts.get("signal")
+        if kind not in ("input", "gate"):
+            raise self.wrong(name, f"signal {kind!r}, needed input or gate")
+        remainder = None
+        if "remainder" in facts:
+            left, right = self.tensor(f"{name}.act_left", 2), self.tensor(f"{name}.act_right", 2)
+            share = self.number(name, facts, "remainder")
+            if left.shape[1] != right.shape[0] or kind != "input":
+                raise self.wrong(name, f"left {list(left.shape)} and right {list(right.shape)} do not fit")
+            remainder = Remainder(share, left, right)
+        return Placed(kind, self.gate(name, facts), remainder)
+
+    def gate(self, name: str, facts: Mapping[str, Any]) -> Gate:
+        rule = facts.get("rule")
+        if rule == "threshold":
+            return Threshold(self.sizes(f"{name}.act_threshold"))
+        if rule == "top_k":
+            count = facts.get("count")
+            if type(count) is not int or count < 1:
+                raise self.wrong(name, f"count {count!r}, needed a whole number above 0")
+            return TopK(count, self.sizes(f"{name}.act_importance"))
+        if rule == "gaussian":
+            return Gaussian(self.number(name, facts, "deviations"))
+        raise self.wrong(name, f"rule {rule!r}, needed threshold, top_k or gaussian")
+
+    def number(self, name: str, facts: Mapping[str, Any], key: str) -> float:
+        value = facts.get(key)
+        if not isinstance(value, float | int) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise self.wrong(name, f"{key} {value!r}, needed a number of at least 0")
+        return float(value)
+
+    def sizes(self, name: str) -> Tensor:
+        """Return a vector of float32 that are not negative; infinite drops an entry always."""
+        found = self.tensor(name, 1)
+        if found.dtype != torch.float32:
+            raise self.wrong(name, f"{found.dtype}, needed float32")
+        if bad := int((~(found >= 0)).sum()):
+            raise self.wrong(name, f"{bad} of {found.numel()} values are NaN or negative")
+        return found
+
+    def tensor(self, name: str, dimensions: int) -> Tensor:
+        if name not in self.unread:
+            raise self.wrong(name, "the tensor is not there")
+        self.unread.discard(name)
+        found = read_tensor(self.path, name)
+        if found.dim() != dimensions or not found.numel():
+            raise self.wrong(name, f"shape {list(found.shape)}, needed {dimensions} dimensions")
+        return found
+
+    def wrong(self, name: str, message: str) -> CheckpointError:
+        return CheckpointError(message, where=f"{self.path}: {name}", hint=_HINT)

@@ -1,0 +1,106 @@
+"""Scores of a block's signals, and the gates that stand at a quantile of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparsekit.activation_plan import ActivationPlan
+from sparsekit.contracts import Stat
+from sparsekit.lazy import torch
+from sparsekit.models.gates import Gate, Gaussian, Placed, Threshold, TopK, half_normal
+from sparsekit.models.sites import Place
+from sparsekit.stats.absolute import Absolute
+from sparsekit.stats.scores import Scores
+from sparsekit.walk import Visit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What calibration has seen of a signal.
+
+    Attributes:
+        scores: Histogram of |a_j| w_j.
+        importance: w, [width] float32; None: ones.
+    """
+
+    scores: Scores
+    importance: Tensor | None
+
+
+def watch_scores(visit: Visit, plan: ActivationPlan, places: Collection[Place]) -> dict[str, Signal]:
+    """Return what the samples of a walk show of these signals, as the block is now."""
+    above = _watch_up(visit, plan, places)
+    weights = {
+        place.site.name: plan.calibrator.importance(
+            place.site, place.reader.weight().to(torch.float32), above.get(place.site.name, {})
+        )
+        for place in places
+    }
+    prefix = f"{visit.prefix}."
+    empty = {
+        place.site.name: Scores(place.site.width, weights[place.site.name], plan.stage.dense_tokens)
+        for place in places
+    }
+    kinds = {place.site.name: place.site.kind for place in places}
+    seen = visit.watch(
+        {name: scores for name, scores in empty.items() if kinds[name] == "input"},
+        {name.removeprefix(prefix): scores for name, scores in empty.items() if kinds[name] == "gate"},
+    )
+    found: dict[str, Signal] = {}
+    for name in empty:
+        scores = seen[name if kinds[name] == "input" else name.removeprefix(prefix)]
+        assert isinstance(scores, Scores)  # noqa: S101  (it was given)
+        found[name] = Signal(scores, weights[name])
+    return found
+
+
+def _watch_up(visit: Visit, plan: ActivationPlan, places: Collection[Place]) -> Mapping[str, Mapping[str, Stat]]:
+    """Return the statistics of what gates are multiplied by, for the sites that are gates."""
+    if not plan.calibrator.needs:
+        return {}
+    gates = {place.site.name: place.site for place in places if place.site.kind == "gate" and place.site.up}
+    linears = {linear.name: linear for linear in visit.linears}
+    paths = {name: str(site.up).removeprefix(f"{visit.prefix}.") for name, site in gates.items()}
+    seen = visit.watch({}, {paths[name]: Absolute(linears[str(site.up)].info.out_features) for name, site in gates.items()})
+    found: dict[str, dict[str, Stat]] = {}
+    for name, site in gates.items():
+        stat = seen[paths[name]]
+        rows = torch.arange(stat.in_features)[-site.width :]  # of a fused linear, up is the second half
+        found[name] = {"absolute": stat.reordered(rows)}
+    return found
+
+
+def place_gate(plan: ActivationPlan, place: Place, level: float, signal: Signal, dtype: torch.dtype) -> Placed:
+    """Return the gate that leaves this share of a signal out, as calibration has seen it.
+
+    Args:
+        plan: The stage.
+        place: The signal's place.
+        level: Share of what the signal costs to save, above 0.
+        signal: What was seen of it.
+        dtype: Of the model; thresholds are rounded to it, so that moving the model to it changes none.
+    """
+    remainder = (
+        plan.calibrator.remainder(place.site, place.reader.weight().to(torch.float32), level)
+        if place.site.kind == "input"
+        else None
+    )
+    if remainder is not None:
+        remainder = type(remainder)(remainder.sparsity, remainder.left.to(dtype), remainder.right.to(dtype))
+        level = remainder.sparsity
+    return Placed(place.site.kind, _gate(plan, place, level, signal, dtype), remainder)
+
+
+def _gate(plan: ActivationPlan, place: Place, level: float, signal: Signal, dtype: torch.dtype) -> Gate:
+    w = signal.importance
+    if plan.calibrator.rule == "top_k":
+        return TopK(max(1, int(place.site.width * (1 - level))), torch.ones(1) if w is None else w)
+    if plan.calibrator.rule == "gaussian":
+        return Gaussian(half_normal(level))
+    tau = torch.tensor([signal.scores.quantile(level)])
+    return Threshold((tau if w is None else tau / w).to(dtype).to(torch.float32))
