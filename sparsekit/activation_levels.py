@@ -1,8 +1,8 @@
 """How much of each signal is left out, so that the blocks' outputs change least.
 
 Every signal is thinned out alone, at nine levels, with the rest of its block dense, and the relative squared error of
-the block's output is noted, averaged over tokens. Then the steps that save most weights for their error are taken until the target is met.
-Errors are not convex, so the steps run along the lower convex hull of each signal's errors.
+the block's output is noted, averaged over tokens. Then the steps that save most weights for their error are taken until
+the target is met. Errors are not convex, so the steps run along the lower convex hull of each signal's errors.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def measure_errors(model: LazyModel, plan: ActivationPlan, samples: Tensor, repo
     return errors
 
 
-def _error(visit: Visit, plan: ActivationPlan, place: Place, level: float, signal: Signal, dense: list[Tensor]) -> float:
+def _error(
+    visit: Visit, plan: ActivationPlan, place: Place, level: float, signal: Signal, dense: list[Tensor]
+) -> float:
     """Return the mean over tokens of |y' - y|^2 / |y|^2 of the block's outputs; tokens that stay dense do not count.
 
     Each token is compared with itself: the states of a few are so large that sums would see nothing else.
@@ -121,4 +123,4 @@ def _error(visit: Visit, plan: ActivationPlan, place: Place, level: float, signa
         error += float(((z - y).square().sum(dim=-1) / size.clamp_min(torch.finfo(torch.float32).tiny)).sum())
         tokens += size.numel()
     errors, counts = zip(*ranks.gather((error, tokens)), strict=True)
-    return sum(errors) / sum(counts)
+    return float(sum(errors)) / int(sum(counts))

@@ -43,8 +43,7 @@ def watch_scores(visit: Visit, plan: ActivationPlan, places: Collection[Place]) 
     }
     prefix = f"{visit.prefix}."
     empty = {
-        place.site.name: Scores(place.site.width, weights[place.site.name], plan.stage.dense_tokens)
-        for place in places
+        place.site.name: Scores(place.site.width, weights[place.site.name], plan.stage.dense_tokens) for place in places
     }
     kinds = {place.site.name: place.site.kind for place in places}
     seen = visit.watch(
@@ -66,7 +65,9 @@ def _watch_up(visit: Visit, plan: ActivationPlan, places: Collection[Place]) -> 
     gates = {place.site.name: place.site for place in places if place.site.kind == "gate" and place.site.up}
     linears = {linear.name: linear for linear in visit.linears}
     paths = {name: str(site.up).removeprefix(f"{visit.prefix}.") for name, site in gates.items()}
-    seen = visit.watch({}, {paths[name]: Absolute(linears[str(site.up)].info.out_features) for name, site in gates.items()})
+    seen = visit.watch(
+        {}, {paths[name]: Absolute(linears[str(site.up)].info.out_features) for name, site in gates.items()}
+    )
     found: dict[str, dict[str, Stat]] = {}
     for name, site in gates.items():
         stat = seen[paths[name]]

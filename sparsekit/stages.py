@@ -10,7 +10,6 @@ None of them is ever committed. A run that was killed finds its shards in them a
 from __future__ import annotations
 
 import re
-import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -47,8 +46,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _STAGE = re.compile(r"stage-\d+")
-OTHER = "Python source code"
-"""Text of another kind that activation sparsity is measured on: the sources of the standard library."""
+OTHER = "stdlib"
+"""Text of another kind that activation sparsity is measured on: source code."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def _thin(
 def _other_text(prepared: Prepared, blocks: TokenBlocks, reporter: Reporter) -> dict[str, Tensor]:
     """Return ids of source code, text of another kind than any prose: do thresholds carry over?"""
     samples, length = blocks.ids.shape
-    spec = TextSpec(source=f"{sysconfig.get_path('stdlib')}/*.py", samples=held_out(samples), sequence_length=length)
+    spec = TextSpec(source=OTHER, samples=held_out(samples), sequence_length=length)
     source = prepared.source
     try:
         code = load_blocks(

@@ -240,9 +240,7 @@ class _Walk:
     def watch(self, visit: Visit, inputs: Mapping[str, Stat], outputs: Mapping[str, Stat]) -> dict[str, Stat]:
         observer = _Observer({**inputs, **outputs}, all_seen_ends=True)
         handles = tap_inputs([linear for linear in visit.linears if linear.name in inputs], observer.see)
-        handles += [
-            visit.block.get_submodule(path).register_forward_hook(observer.behind(path)) for path in outputs
-        ]
+        handles += [visit.block.get_submodule(path).register_forward_hook(observer.behind(path)) for path in outputs]
         try:
             self._forward(visit, keep=False, observer=observer)
         finally:

@@ -37,7 +37,8 @@ class RSparse(ActivationCalibrator[RSparseOptions]):
 
     def importance(self, site: Site, weight: Tensor, stats: Stats) -> Tensor | None:
         """Return the norms of the columns, [in]."""
-        return weight.norm(dim=0)
+        norms: Tensor = weight.norm(dim=0)
+        return norms
 
     def remainder(self, site: Site, weight: Tensor, sparsity: float) -> Remainder | None:
         """Return the product of low rank; None where the rank rounds to nothing."""

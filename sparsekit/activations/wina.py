@@ -27,4 +27,5 @@ class Wina(ActivationCalibrator[MethodOptions]):
 
     def importance(self, site: Site, weight: Tensor, stats: Stats) -> Tensor | None:
         """Return the norms of the columns, [in]."""
-        return weight.norm(dim=0)
+        norms: Tensor = weight.norm(dim=0)
+        return norms

@@ -13,10 +13,10 @@ import typer
 from sparsekit import registry
 from sparsekit.cli import render
 from sparsekit.cli.options import Json
-from sparsekit.contracts import Allocator, Method
+from sparsekit.contracts import ActivationCalibrator, Allocator, Method
 from sparsekit.errors import UnknownName
 
-_ROOMS = ("pruners", "refine", "update", "allocate", "reshape", "stats")
+_ROOMS = ("pruners", "refine", "update", "allocate", "reshape", "activations", "stats")
 _HEADING = re.compile(r"^[A-Z][A-Za-z ]+:", re.MULTILINE)
 
 
@@ -64,7 +64,8 @@ def _needs(method: type[Any]) -> list[str]:
         return []
     made = method(method.options_type(), 0)
     whole = isinstance(made, Allocator) and made.probes() is not None
-    return [*sorted(made.needs), *(["whole model"] if whole else [])]
+    calibrated = isinstance(made, ActivationCalibrator)  # on the signals themselves, which are no statistic by name
+    return [*sorted(made.needs), *(["whole model"] if whole else []), *(["signals"] if calibrated else [])]
 
 
 def _section(text: str, heading: str) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from sparsekit.data import builtin, files, hub
+from sparsekit.data import builtin, files, hub, stdlib
 from sparsekit.data.documents import Documents, Part, TextSpec
 from sparsekit.data.own_text import SOURCE as OWN_TEXT
 from sparsekit.data.packing import TokenBlocks, pack
@@ -14,6 +15,7 @@ from sparsekit.progress import Reporter, Silent
 DEFAULT_SEQUENCE_LENGTH = 2048
 """Tokens per block unless asked otherwise; a configuration's maximum is often 131,072 and never meant."""
 
+_OWN_SOURCES: dict[str, Callable[[Part], Documents]] = {"builtin": builtin.documents, "stdlib": stdlib.documents}
 _NO_MAXIMUM = 2**31
 """Tokenizers without a maximum say 1e30."""
 
@@ -27,7 +29,7 @@ def load_blocks(
         spec: Which text and how much of it.
         tokenizer: A transformers tokenizer.
         model_max_length: Longest sequence the model takes, in tokens; huge values mean that none is known.
-        part: `calibration` or `held_out`: chooses the part of `builtin` and the default split of a Hub data
+        part: `calibration` or `held_out`: chooses the part of `builtin` or `stdlib` and the default split of a Hub data
             set. Local files have no parts.
         reporter: Receives progress.
 
@@ -63,14 +65,14 @@ def _documents(spec: TextSpec, part: Part, reporter: Reporter) -> Documents:
             where=OWN_TEXT,
             hint="Measure on another source, such as builtin.",
         )
-    if spec.source == "builtin":
+    if own := _OWN_SOURCES.get(spec.source):
         if spec.config or spec.split or spec.field:
             raise CalibrationError(
-                "config, split and field choose within a Hub data set or file; builtin has none",
-                where="builtin",
+                f"config, split and field choose within a Hub data set or file; {spec.source} has none",
+                where=spec.source,
                 hint="Remove them.",
             )
-        return builtin.documents(part)
+        return own(part)
     if spec.source not in hub.SHORTHANDS and files.looks_like_path(spec.source):
         return files.documents(spec, part)
     return hub.documents(spec, part, reporter)

@@ -21,7 +21,8 @@ class TextSpec:
     """Which text, and how much of it.
 
     Attributes:
-        source: `builtin`, a local file or glob, a shorthand (`c4`, `wikitext2`, `pile`) or a Hub data set id.
+        source: `builtin`, `stdlib` (source code), a local file or glob, a shorthand (`c4`, `wikitext2`, `pile`) or a
+            Hub data set id.
         config: Configuration of a Hub data set.
         split: Split of a Hub data set; None chooses by part.
         field: Name of the text in each record; None means `text`.

@@ -107,7 +107,7 @@ class Scope(threading.local):
         if not dense:
             return kept
         by_text = x.dim() > 2 or x.shape[0] % self.texts
-        whole, part = (x, kept) if by_text else (t.unflatten(0, (self.texts, -1)) for t in (x, kept))
+        whole, part = (x, kept) if by_text else (t.reshape(self.texts, -1, x.shape[-1]) for t in (x, kept))
         return torch.cat([whole[..., :dense, :], part[..., dense:, :]], dim=-2).reshape(x.shape)
 
 

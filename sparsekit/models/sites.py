@@ -11,7 +11,7 @@ from sparsekit.contracts import Site
 from sparsekit.errors import UnsupportedFamily
 from sparsekit.lazy import torch
 from sparsekit.models.linears import Linear
-from sparsekit.models.roles import FAMILIES, FamilySpec, MLP, family
+from sparsekit.models.roles import FAMILIES, MLP, FamilySpec, family
 from sparsekit.models.structure import Stack
 
 if TYPE_CHECKING:
@@ -87,9 +87,7 @@ def _gate_place(model: Any, stack: Stack, index: int, mlp: MLP, linears: dict[st
     (child, module), reader = activations[0], linears[down]
     fused = mlp.gate == mlp.up
     skips = (reader.info,) if fused else (linears[mlp.up].info, reader.info)
-    site = Site(
-        f"{prefix}.{path}.{child}", "gate", index, reader.info.in_features, skips, up=linears[mlp.up].name
-    )
+    site = Site(f"{prefix}.{path}.{child}", "gate", index, reader.info.in_features, skips, up=linears[mlp.up].name)
     return Place(site, module, reader, linears[mlp.gate].name)
 
 

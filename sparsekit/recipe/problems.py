@@ -202,6 +202,8 @@ def _schema_at(path: Path, data: Data) -> dict[str, Any]:
             schema = schema.get("items", {})
         else:
             schema = schema.get("properties", {}).get(step) or schema.get("additionalProperties") or {}
+        references = [part for part in schema.get("anyOf", ()) if "$ref" in part] if isinstance(schema, dict) else []
+        schema = references[0] if len(references) == 1 else schema  # a section that may be left out
         while isinstance(schema, dict) and "$ref" in schema:
             schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
         if not isinstance(schema, dict):

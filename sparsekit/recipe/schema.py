@@ -53,7 +53,7 @@ class CalibrationSpec(Section):
     source: str = Field(
         default="c4",
         min_length=1,
-        description="Hub data set id, `builtin`, `self` (the model writes it), or a path or glob of text files",
+        description="Hub data set id, `builtin`, `stdlib` (code), `self` (by the model), a path or glob of text files",
     )
     config: str | None = Field(default=None, description="configuration of a Hub data set")
     split: str | None = Field(default=None, description="split of a Hub data set")
@@ -413,7 +413,9 @@ def _stage(value: Any) -> Stage:
     kind = value.get("stage") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind not in STAGES:
         hint = near(kind, STAGES)
-        text = f"must be {', '.join([*STAGES][:-1])} or {[*STAGES][-1]}, got {kind!r}" + (f"; did you mean {hint!r}?" if hint else "")
+        text = f"must be {', '.join([*STAGES][:-1])} or {[*STAGES][-1]}, got {kind!r}" + (
+            f"; did you mean {hint!r}?" if hint else ""
+        )
         error = PydanticCustomError("kind", "{text}", {"text": text})
         raise _errors(PruneStage, [{"type": error, "loc": ("stage",), "input": kind}])
     known = stage_kind(value)

@@ -51,7 +51,7 @@ class Dropped(Stat):
         self.per_channel += dropped.sum(dim=0)
         self._squares += float(dropped.to(torch.float32).mean(dim=1).square().sum(dtype=torch.float64))
         self.tokens += dropped.shape[0]
-        runs = dropped[: dropped.shape[0] // TOGETHER * TOGETHER].unflatten(0, (-1, TOGETHER))
+        runs = dropped[: dropped.shape[0] // TOGETHER * TOGETHER].reshape(-1, TOGETHER, dropped.shape[1])
         self._runs += runs.shape[0]
         self._dropped_by_all += int(runs.all(dim=1).sum())
 

@@ -77,7 +77,9 @@ class Scores(Stat):
         place = min(place, BINS - 1)
         before = int(reached[place - 1]) if place else 0
         inside = (share * total - before) / max(int(self.counts[place]), 1)
-        low, high = (float(torch.tensor(edge << 16, dtype=torch.int32).view(torch.float32)) for edge in (place, place + 1))
+        low, high = (
+            float(torch.tensor(edge << 16, dtype=torch.int32).view(torch.float32)) for edge in (place, place + 1)
+        )
         return low + min(max(inside, 0.0), 1.0) * (high - low)
 
     @classmethod

@@ -96,6 +96,12 @@ def test_a_missing_key_is_reported_at_its_mapping(
         keep, of = map(int, pattern.split(":"))
         assert load_recipe(str(path_)).stages[int(stage)].sparsity == 1 - keep / of  # implied
         return
+    if key == "sparsity" and parent.get("stage") == "activations":
+        if parent["budget"]:
+            return  # its sparsity was null
+        assert "stages." in (told := _refusal(dump_yaml(data), tmp_path))
+        assert told.endswith("needs either sparsity or budget; neither is given")
+        return
     changed = dump_yaml(data)
     message = _refusal(changed, tmp_path).splitlines()
     if path:
@@ -163,8 +169,8 @@ ERRORS = {
     "stages: []": "r.yaml:4:9: stages: must be a list of at least one entry, got an empty list",
     "stages: 3": "r.yaml:4:9: stages: must be a list of at least one entry, got 3",
     "stages: [3]": "r.yaml:4:10: stages.0: must be a mapping of keys to values",
-    "stages: [{stage: prun, method: wanda, sparsity: 1}]": "r.yaml:4:18: stages.0.stage: must be prune or reshape, "
-    "got 'prun'; did you mean 'prune'?",
+    "stages: [{stage: prun, method: wanda, sparsity: 1}]": "r.yaml:4:18: stages.0.stage: must be reshape, prune or "
+    "activations, got 'prun'; did you mean 'prune'?",
     "stages: [{stage: prune, method: [wanda], sparsity: 1}]": "r.yaml:4:33: stages.0.method: must be text, got a list",
     "stages: [{stage: prune, method: wnada, sparsity: 1, group: row}]": "r.yaml:4:33: stages.0.method: Unknown "
     f"pruner 'wnada'. Did you mean 'wanda'? Available: {PRUNERS}",
