@@ -56,28 +56,28 @@ def spend(sites: Sequence[Site], errors: Errors, sparsity: float) -> dict[str, f
     """
     left = sparsity * sum(site.numel for site in sites)
     steps = sorted(
-        ((slope, site.name, site.numel, start, end) for site in sites for slope, start, end in _hull(site, errors)),
+        ((slope, site.name, site.numel, rise) for site in sites for slope, rise in _hull(site, errors)),
         key=lambda step: step[0],
     )
     levels = {site.name: 0.0 for site in sites}
-    for _, name, numel, start, end in steps:
-        gain = min((end - start) * numel, left)
-        levels[name] = start + gain / numel
+    for _, name, numel, rise in steps:
+        gain = min(rise * numel, left)
+        levels[name] += gain / numel
         left -= gain
         if left <= 0:
             break
     return levels
 
 
-def _hull(site: Site, errors: Errors) -> Iterator[tuple[float, float, float]]:
-    """Yield (error per skipped weight, from level, to level) along the lower convex hull of a site's errors."""
+def _hull(site: Site, errors: Errors) -> Iterator[tuple[float, float]]:
+    """Yield (error per skipped weight, rise of the level) along the lower convex hull of a site's errors."""
     points = [(0.0, 0.0), *zip(LEVELS, errors[site.name], strict=True)]
     at = 0
     while at < len(points) - 1:
         level, error = points[at]
         slopes = [(e - error) / ((to - level) * site.numel) for to, e in points[at + 1 :]]
         best = min(range(len(slopes)), key=slopes.__getitem__)
-        yield slopes[best], level, points[at + 1 + best][0]
+        yield slopes[best], points[at + 1 + best][0] - level
         at += 1 + best
 
 
