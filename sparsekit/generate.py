@@ -1,18 +1,21 @@
-"""Running a prompt through a model, text streaming out as it is made."""
+"""Running a prompt through a model, text streaming out as it is made or as drafts of it are verified."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sparsekit.drafting import DraftReport, DraftRequest, prepare
 from sparsekit.errors import ModelError, UsageError
 from sparsekit.lazy import torch
 from sparsekit.models.source import ModelSource
 from sparsekit.plan import BASE_MEMORY_BYTES, require_memory
 from sparsekit.progress import Reporter
 from sparsekit.runtime.layers import Runtime, describe_runtime
+from sparsekit.speculate import generating as speculating
+from sparsekit.speculate.decoding import Spoken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TextStreamer
@@ -32,6 +35,7 @@ class GenerationRequest:
         top_p: Draw from the likeliest tokens that together have this probability.
         seed: Of the draws.
         threads: Threads to compute with; None: torch's own choice.
+        drafting: Whether and how tokens are drafted.
     """
 
     prompt: str
@@ -41,6 +45,7 @@ class GenerationRequest:
     top_p: float = 1.0
     seed: int = 0
     threads: int | None = None
+    drafting: DraftRequest = field(default_factory=DraftRequest)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Generation:
         tokens_per_second: Of the tokens after the first; None where there is only one.
         threads: Threads computed with.
         runtime: What multiplied.
+        drafting: What came of drafts; None without.
     """
 
     text: str
@@ -67,6 +73,7 @@ class Generation:
     tokens_per_second: float | None
     threads: int
     runtime: Runtime
+    drafting: DraftReport | None
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as JSON."""
@@ -85,14 +92,16 @@ def generate(
         reporter: Told what was cut short.
 
     Raises:
-        UsageError: An empty prompt, one longer than the model can read, a temperature nobody can draw with, or a chat
-            template where there is none.
+        UsageError: An empty prompt, one longer than the model can read, a temperature nobody can draw with, a chat
+            template where there is none, or drafts that cannot be made.
+        UnsupportedFamily: Drafts of a model that cannot take them back.
         ModelError: No tokenizer, or the model cannot be loaded.
         OutOfMemory: The model does not fit.
     """
     if request.temperature and not _TEMPERATURES[0] <= request.temperature <= _TEMPERATURES[1]:
         low, high = _TEMPERATURES
         raise UsageError(f"temperature {request.temperature:g}: need 0 (greedy) or {low:g} to {high:g}")
+    request.drafting.check()
     ids, chat = _encode(source, request)
     room = source.max_length - ids.shape[1]
     if room < 1:
@@ -107,21 +116,16 @@ def generate(
         torch.set_num_threads(request.threads)
     model = source.load(packed=True)
     times, streamer = _timed_streamer(source.tokenizer, write)
-    draw = {"temperature": request.temperature, "top_p": request.top_p} if request.temperature else {}
-    # Settings that the model brings for drawing do not belong to a greedy run.
-    unset = {} if request.temperature else {"temperature": None, "top_p": None, "top_k": None}
+    prepared = prepare(model, source, request.drafting, reporter) if request.drafting else None
+    settings = _settings(request, min(request.max_new_tokens, room))
+    spoken = Spoken()
     start = time.perf_counter()
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(request.seed)  # generate draws from torch's global generator, restored behind it
-        made = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(request.max_new_tokens, room),
-            do_sample=bool(request.temperature),
-            streamer=streamer,
-            **draw,
-            **unset,
-        )
+        if prepared is None:
+            made = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **settings)
+        else:
+            made, spoken = speculating.generate(model, ids, prepared.drafting, streamer=streamer, settings=settings)
     new = made[0, ids.shape[1] :].tolist()
     return Generation(
         text=str(source.tokenizer.decode(new, skip_special_tokens=True)),
@@ -133,7 +137,18 @@ def generate(
         tokens_per_second=(len(new) - 1) / (times[-1] - times[1]) if len(new) > 1 else None,
         threads=torch.get_num_threads(),
         runtime=describe_runtime(model),
+        drafting=prepared.report(spoken) if prepared else None,
     )
+
+
+def _settings(request: GenerationRequest, max_new_tokens: int) -> dict[str, Any]:
+    """Return the options of `model.generate` for a request."""
+    draw: dict[str, float | None]
+    if request.temperature:
+        draw = {"temperature": request.temperature, "top_p": request.top_p}
+    else:  # settings that the model brings for drawing do not belong to a greedy run
+        draw = {"temperature": None, "top_p": None, "top_k": None}
+    return {"max_new_tokens": max_new_tokens, "do_sample": bool(request.temperature), **draw}
 
 
 def _encode(source: ModelSource, request: GenerationRequest) -> tuple[torch.Tensor, bool]:

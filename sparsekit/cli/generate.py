@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -33,6 +33,24 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draws.")] = 0,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with.")] = None,
+    self_speculate: Annotated[
+        Literal["skip", "sparse"] | None,
+        typer.Option("--self-speculate", help="Draft with fewer branches or inputs; the text is the same."),
+    ] = None,
+    correct: Annotated[
+        int | None,
+        typer.Option("--correct", metavar="K", min=1, help="A sparse model, corrected by the full one every K tokens."),
+    ] = None,
+    correct_threshold: Annotated[
+        float, typer.Option("--correct-threshold", help="Probability from which a sparse model's token stays.")
+    ] = 0.1,
+    skip_set: Annotated[
+        str | None,
+        typer.Option("--skip-set", metavar="FILE|search", help="Branches to skip; by default the model folder's."),
+    ] = None,
+    save_skip_set: Annotated[
+        str | None, typer.Option("--save-skip-set", metavar="FILE", help="Keep the skip set that was used.")
+    ] = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -41,6 +59,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Run a prompt; packed checkpoints multiply packed."""
+    from sparsekit.drafting import DraftRequest
     from sparsekit.generate import GenerationRequest
     from sparsekit.generate import generate as run
     from sparsekit.models.source import open_model
@@ -53,6 +72,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         threads=threads,
+        drafting=DraftRequest(self_speculate, correct, correct_threshold, skip_set, save_skip_set),
     )
     with render.reporter(quiet=quiet) as reporter:
         opened = open_model(model, reporter, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -92,4 +112,5 @@ def _text(prompt: str | None) -> str:
 def _summary(made: Generation) -> str:
     speed = "" if made.tokens_per_second is None else f" at {made.tokens_per_second:.1f}/s"
     count = f"{made.new_tokens} token{'s'[: made.new_tokens > 1]}{speed}"
-    return f"[{count}, first after {seconds_text(made.first_token_seconds)}; {made.runtime}]"
+    drafts = "" if made.drafting is None else f"; {made.drafting}"
+    return f"[{count}, first after {seconds_text(made.first_token_seconds)}; {made.runtime}{drafts}]"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from sparsekit.lazy import torch
 from sparsekit.speculate.cached import CachedModel
-from sparsekit.speculate.verdicts import Greedy, Verdict
+from sparsekit.speculate.verdicts import GREEDY, Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,6 @@ class Window:
 
 SKIP_WINDOW = Window()
 """SWIFT's, for drafts that cost about half of a full pass."""
-GREEDY = Greedy()
 
 
 def speculate(

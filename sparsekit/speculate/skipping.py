@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sparsekit.errors import UnsupportedFamily, UsageError
 from sparsekit.lazy import torch
 from sparsekit.models.roles import FamilySpec, Part, family
-from sparsekit.models.structure import SHORTCUTS, Stack, find_stack
+from sparsekit.models.structure import SHORTCUTS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,16 +52,16 @@ class Skipper:
             UnsupportedFamily: It is not known which modules they are, or their outputs are not simply added.
         """
         spec = family(model)
-        stack = find_stack(model)
-        if any(hasattr(block, SHORTCUTS) for block in stack.blocks):
+        blocks = _blocks(model, spec)
+        if any(hasattr(block, SHORTCUTS) for block in blocks):
             raise UnsupportedFamily(
                 f"{type(model).__name__} has shortcuts beside its branches: they cannot be left out",
                 hint="Draft with the checkpoint that was sliced.",
             )
-        self.blocks = len(stack.blocks)
+        self.blocks = len(blocks)
         self._model = model
         self._silent: dict[tuple[Part, int], list[tuple[nn.Module, Forward]]] = {}
-        self._find(stack, spec)
+        self._find(blocks, spec)
 
     def skipping(self, skips: Skips) -> Callable[[], AbstractContextManager[None]]:
         """Return what opens a context in which the model computes without some branches.
@@ -81,11 +81,20 @@ class Skipper:
 
         return lambda: _shadowed(pairs)
 
-    def _find(self, stack: Stack, spec: FamilySpec) -> None:
+    def cost(self, skips: Skips) -> float:
+        """Return the bytes of weights that a token takes without these branches, as a share of all it takes."""
+        unread = self._model.get_input_embeddings()
+        if getattr(self._model.get_output_embeddings(), "weight", None) is getattr(unread, "weight", None):
+            unread = None  # tied: a token reads one row of it, and the head all of it
+        whole = _bytes(self._model) - (0 if unread is None else _bytes(unread))
+        left_out = sum(
+            _bytes(module) for part in PARTS for block in skips.of(part) for module, _ in self._silent[part, block]
+        )
+        return 1 - left_out / whole
+
+    def _find(self, blocks: Sequence[nn.Module], spec: FamilySpec) -> None:
         """Note the modules of every branch, and what each returns: a tensor, or a tuple that starts with one."""
-        modules = {
-            (part, index): _modules(block, spec, part) for index, block in enumerate(stack.blocks) for part in PARTS
-        }
+        modules = {(part, index): _modules(block, spec, part) for index, block in enumerate(blocks) for part in PARTS}
         widths: dict[int, int] = {}
 
         def note(module: nn.Module, args: Any, out: Any) -> None:
@@ -103,6 +112,22 @@ class Skipper:
             self._silent[place] = [*pairs, (last, _nothing(last, widths[id(last)]))]
 
 
+def _blocks(model: Any, spec: FamilySpec) -> list[nn.Module]:
+    """Return the blocks, found by their attention: packed ones show no weights to find them by.
+
+    Raises:
+        UnsupportedFamily: There are none.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) and all(_has(block, spec) for block in module):
+            return list(module)
+    raise UnsupportedFamily(f"{type(model).__name__} has no blocks with {spec.attention.output}")
+
+
+def _has(block: nn.Module, spec: FamilySpec) -> bool:
+    return any(name == spec.attention.output for name, _ in block.named_modules())
+
+
 def _modules(block: nn.Module, spec: FamilySpec, part: Part) -> list[nn.Module]:
     """Return the one module that is a branch, or its linears where the block itself calls them."""
     if part == "attention":
@@ -110,6 +135,11 @@ def _modules(block: nn.Module, spec: FamilySpec, part: Part) -> list[nn.Module]:
     linears = [name for mlp in spec.mlps for name in (mlp.gate, mlp.up, mlp.down) if name]
     tops = dict.fromkeys(top for name in linears for top in (name.partition(".")[0],) if hasattr(block, top))
     return [block.get_submodule(top) for top in tops]
+
+
+def _bytes(module: nn.Module) -> int:
+    """Return the size of all parameters and buffers of a module."""
+    return sum(tensor.nbytes for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
 
 
 def _hand_on(hidden: Tensor) -> Tensor:

@@ -46,6 +46,9 @@ class Greedy:
         return accepted, said[accepted]
 
 
+GREEDY = Greedy()
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Tokens drawn so that the output has the distribution of the full model alone.
@@ -95,7 +98,7 @@ class Likely:
 
     threshold: float = 0.1
     temperature: float = 0.6
-    chooser: Callable[[Tensor], tuple[int, Tensor]] = Greedy().choose
+    chooser: Callable[[Tensor], tuple[int, Tensor]] = GREEDY.choose
 
     def choose(self, scores: Tensor) -> tuple[int, Tensor]:
         """Return what the chooser says of `scores: [vocabulary]`."""
