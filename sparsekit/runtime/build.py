@@ -31,9 +31,9 @@ _AVX512 = (
     "-Wno-maybe-uninitialized",
 )
 _PLAIN = (
-    *("disk", "disk_values", "expand"),
+    *("columns", "columns_portable", "disk", "disk_values", "expand"),
     *("isa", "linear", "linear_quantised", "pack", "pack_bitmap", "pack_block", "pack_chunk", "pack_quantised"),
-    *("pack_split", "repack", "pool", "torch_shim", "unpack", "kernels_portable", "quantised_portable"),
+    *("pack_split", "repack", "pool", "torch_columns", "torch_shim", "unpack", "kernels_portable", "quantised_portable"),
 )
 
 
@@ -59,6 +59,8 @@ def units(machine: str) -> list[Unit]:
         plain = [Unit(unit.source, baseline) for unit in plain]
         return [
             *plain,
+            Unit("columns_avx2", ("-march=x86-64", *_AVX2)),
+            Unit("columns_avx512", ("-march=x86-64", *_AVX512)),
             Unit("quantised_avx2", ("-march=x86-64", *_AVX2)),
             Unit("quantised_avx512", ("-march=x86-64", *_AVX512)),
             Unit("repack_avx512", ("-march=x86-64", *_AVX512)),
@@ -68,7 +70,7 @@ def units(machine: str) -> list[Unit]:
             Unit("kernels_avx512", ("-march=x86-64", *_AVX512, "-mavx512bf16", "-DSK_WITH_BF16"), "_bf16"),
         ]
     if machine in {"aarch64", "arm64"}:
-        return [*plain, Unit("kernels_neon", ("-march=armv8-a",))]
+        return [*plain, Unit("columns_neon", ("-march=armv8-a",)), Unit("kernels_neon", ("-march=armv8-a",))]
     return plain
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 LIBRARY = Path(__file__).parent / "_lib" / "libsparsekit_kernels.so"
-ABI_VERSION = 3
+ABI_VERSION = 4
 _HUGE = 2 << 20
 
 
@@ -107,10 +107,12 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "sk_linear": (c_int, (POINTER(Call),)),
     "sk_linear_group": (c_int, (POINTER(Call), c_int)),
     "sk_dense": (c_int, (POINTER(Call), c_void_p, c_int64, c_int64, c_int32)),
+    "sk_columns": (c_int, (POINTER(Call), c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int64)),
     "sk_gram": (c_int, (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int)),
     "sk_read": (c_uint64, (c_void_p, c_int64, c_int)),
     "sk_torch_symbol": (c_char_p, (c_int,)),
     "sk_torch_register": (c_int, (POINTER(c_void_p), c_int, POINTER(c_int32), c_uint64)),
+    "sk_torch_register_columns": (c_int, (c_uint64,)),
 }
 
 

@@ -172,13 +172,18 @@ def _register_stable(lib: ctypes.CDLL) -> bool:
         numbers = [getattr(libtorch, f"aoti_torch_dtype_{kind}")() for kind in kinds]
     except (OSError, AttributeError):
         return False
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     array = (ctypes.c_void_p * len(addresses))(*addresses)
-    status = lib.sk_torch_register(array, len(addresses), (ctypes.c_int32 * 3)(*numbers), major << 56 | minor << 48)
+    status = lib.sk_torch_register(array, len(addresses), (ctypes.c_int32 * 3)(*numbers), torch_version())
     return bool(status == 0)
 
 
-def _product(x: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> tuple[native.Call, Tensor, tuple[Any, ...]]:
+def torch_version() -> int:
+    """Return the version of torch as libtorch's stable interface encodes it."""
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    return major << 56 | minor << 48
+
+
+def product(x: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> tuple[native.Call, Tensor, tuple[Any, ...]]:
     """Return a call for a weight of this shape, its result, and what must stay alive while it runs."""
     rows, cols = shape
     dtype = native.dtype_of(x.dtype)
@@ -201,7 +206,7 @@ def _packed_ctypes(x: Tensor, *members: Any) -> Any:
         found = buffers.info(packed)
         if found.shape[0] != rows:
             raise RuntimeError(f"sparsekit: the packed weight has {found.shape[0]} rows, not {rows}")
-        call, y, kept = _product(x, bias, found.shape)
+        call, y, kept = product(x, bias, found.shape)
         call.packed, call.packed_bytes = packed.data_ptr(), packed.numel()
         x = kept[0]  # contiguous, so that all calls have the same address
         prepared.append((call, y, kept))
@@ -248,7 +253,7 @@ def _dense_ctypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dim() != 2 or weight.dtype != x.dtype or not weight.is_contiguous():
         raise RuntimeError(f"sparsekit: weight must be a contiguous matrix of {x.dtype}")
     rows, cols = weight.shape
-    call, y, _kept = _product(x, bias, (rows, cols))
+    call, y, _kept = product(x, bias, (rows, cols))
     status = native.library().sk_dense(ctypes.byref(call), weight.data_ptr(), rows, cols, call.x_dtype)
     native.check(status, "linear_dense")
     return y

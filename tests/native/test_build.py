@@ -16,12 +16,11 @@ def test_every_unit_has_a_source_and_only_the_kernels_get_an_instruction_set() -
             assert (build.SOURCES / f"{unit.source}.cpp").exists()
     flags = {unit.source + unit.suffix: unit.flags for unit in build.units("x86_64")}
     wide = {name for name, given in flags.items() if any("avx" in flag for flag in given)}
-    both = {f"{kind}_{isa}" for kind in ("kernels", "quantised") for isa in ("avx2", "avx512")}
+    both = {f"{kind}_{isa}" for kind in ("columns", "kernels", "quantised") for isa in ("avx2", "avx512")}
     assert wide == both | {"kernels_avx512_bf16", "repack_avx512", "gram_avx512bf16"}
     assert not any("native" in flag for given in flags.values() for flag in given)
-    assert {unit.source: unit.flags for unit in build.units("aarch64") if unit.flags} == {
-        "kernels_neon": ("-march=armv8-a",)
-    }
+    neon = {unit.source: unit.flags for unit in build.units("aarch64") if unit.flags}
+    assert neon == {f"{kind}_neon": ("-march=armv8-a",) for kind in ("columns", "kernels")}
     assert all(unit.flags == () for unit in build.units("riscv64"))
 
 

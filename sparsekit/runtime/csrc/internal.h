@@ -107,6 +107,8 @@ struct PanelSource {  // 16 rows of a split tensor on disk; rows behind the last
   int64_t patch_count;
 };
 
+struct ColumnKernels;  // products that pass over inputs, columns.h
+
 struct Kernels {
   const char* name;
   bool pairs;
@@ -128,6 +130,7 @@ struct Kernels {
   void (*store)(const float* sums, const void* bias, int64_t count, int32_t dtype, void* y);
   uint64_t (*read)(const uint8_t* data, int64_t bytes);
   const QuantisedKernels* quantised;
+  const ColumnKernels* columns;
   // Masks, low bytes and codes of a panel in the order of its tiles; null where there is no fast way.
   void (*repack)(const PanelSource& source, uint64_t* masks, uint8_t* low, uint8_t* code);
   // sums [cols, cols], on and above the diagonal, += X^T X of bf16 inputs [tokens, cols]; what it writes below means
@@ -139,12 +142,15 @@ extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
 extern const QuantisedKernels kQuantisedAvx2, kQuantisedAvx512;
+extern const ColumnKernels kColumnsAvx2, kColumnsAvx512;
 void repack_avx512(const PanelSource& source, uint64_t* masks, uint8_t* low, uint8_t* code);
 bool gram_avx512bf16(const uint16_t* x, int64_t tokens, int64_t stride, int64_t cols, double* sums, int threads);
 #elif defined(__aarch64__)
 extern const Kernels kNeon;
+extern const ColumnKernels kColumnsNeon;
 #endif
 extern const QuantisedKernels kQuantisedPortable;
+extern const ColumnKernels kColumnsPortable;
 
 const Kernels& kernels();  // the chosen table
 int parse(const void* packed, int64_t bytes, View* view);

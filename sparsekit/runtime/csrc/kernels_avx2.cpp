@@ -301,5 +301,6 @@ uint64_t read(const uint8_t* data, int64_t bytes) {
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", false, fusable, fused, decode, micro, dense, generic_store, read, &kQuantisedAvx2, nullptr, nullptr};
+const Kernels kAvx2 = {"avx2", false, fusable, fused, decode, micro, dense, generic_store, read,
+                       &kQuantisedAvx2, &kColumnsAvx2, nullptr, nullptr};
 }  // namespace sk

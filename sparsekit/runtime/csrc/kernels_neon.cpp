@@ -255,5 +255,5 @@ void dense(const void* weight, int32_t dtype, int64_t cols, int64_t begin, int64
 
 extern const Kernels kNeon;
 const Kernels kNeon = {"neon", false, fusable,       fused,        decode,
-                       micro,  dense, generic_store, generic_read, &kQuantisedPortable, nullptr, nullptr};
+                       micro,  dense, generic_store, generic_read, &kQuantisedPortable, &kColumnsNeon, nullptr, nullptr};
 }  // namespace sk

@@ -15,5 +15,5 @@ void fused(const View& w, const Input& x, int64_t b, bool, float* out, int64_t l
 
 extern const Kernels kPortable;
 const Kernels kPortable = {"portable",    false,         fusable,       fused,       generic_decode,
-                           generic_micro, generic_dense, generic_store, generic_read, &kQuantisedPortable, nullptr, nullptr};
+                           generic_micro, generic_dense, generic_store, generic_read, &kQuantisedPortable, &kColumnsPortable, nullptr, nullptr};
 }  // namespace sk

@@ -219,14 +219,6 @@ int blocked(const Kernels& k, const sk_call& call, const View& w, bool pairs) {
   return failed ? SK_NO_MEMORY : SK_OK;
 }
 
-bool known(int32_t dtype) { return dtype >= SK_BF16 && dtype <= SK_F32; }
-
-bool sound(const sk_call& call, int64_t rows, int64_t cols) {
-  if (call.tokens < 0 || call.threads < 1 || !known(call.x_dtype) || !known(call.y_dtype)) return false;
-  if (call.tokens > 1 && (call.x_stride < cols || call.y_stride < rows)) return false;
-  return call.tokens == 0 || ((call.x || cols == 0) && (call.y || rows == 0));
-}
-
 }  // namespace
 }  // namespace sk
 

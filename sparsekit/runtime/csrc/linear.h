@@ -30,6 +30,15 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+inline bool known(int32_t dtype) { return dtype >= SK_BF16 && dtype <= SK_F32; }
+
+// Whether a call fits a weight [rows, cols].
+inline bool sound(const sk_call& call, int64_t rows, int64_t cols) {
+  if (call.tokens < 0 || call.threads < 1 || !known(call.x_dtype) || !known(call.y_dtype)) return false;
+  if (call.tokens > 1 && (call.x_stride < cols || call.y_stride < rows)) return false;
+  return call.tokens == 0 || ((call.x || cols == 0) && (call.y || rows == 0));
+}
+
 inline void store(const Kernels& k, const sk_call& call, int64_t token, int64_t row, int64_t count, const float* sums) {
   const int64_t size = element_size(call.y_dtype);
   const char* bias = call.bias ? static_cast<const char*>(call.bias) + row * size : nullptr;

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define SK_ABI_VERSION 3
+#define SK_ABI_VERSION 4
 #define SK_TAIL 64 /* zero bytes behind every stream of a packed buffer; kernels may read them */
 
 enum sk_status {
@@ -135,6 +135,13 @@ SK_API int sk_linear(const sk_call* call);
 SK_API int sk_linear_group(const sk_call* calls, int count);
 /* The same with a plain row-major weight [rows, cols] of `w_dtype`: the streaming dense kernel. */
 SK_API int sk_dense(const sk_call* call, const void* weight, int64_t rows, int64_t cols, int32_t w_dtype);
+/* Products that pass over inputs: token t of up to SK_COLUMN_TOKENS counts input j unless |x[t, j]| <= thresholds[j],
+   compared in fp32, so NaN counts. The weight is column-major, [cols][rows]; a column is read if some token counts its
+   input. `count` thresholds: cols, or 1 for all. Sums are fp32, in an order that neither threads nor their number
+   change. */
+#define SK_COLUMN_TOKENS 4
+SK_API int sk_columns(const sk_call* call, const void* weight, int64_t rows, int64_t cols, int32_t w_dtype,
+                      const float* thresholds, int64_t count);
 /* sums [cols, cols] float64 += X^T X of bf16 inputs x [tokens, cols], on and above the diagonal; below it nothing has a
    meaning. Products are exact; sums of up to 512 tokens are float32. SK_UNSUPPORTED where no instruction set in use
    multiplies bf16 faster than floats. */
@@ -147,6 +154,8 @@ SK_API uint64_t sk_read(const void* data, int64_t bytes, int threads);
    loaded, `dtypes` its numbers of bf16, fp16 and fp32, `torch_version` its version as it encodes it. */
 SK_API const char* sk_torch_symbol(int index);
 SK_API int sk_torch_register(void* const* addresses, int count, const int32_t* dtypes, uint64_t torch_version);
+/* The same for the operators that pass over inputs, after sk_torch_register. */
+SK_API int sk_torch_register_columns(uint64_t torch_version);
 
 #ifdef __cplusplus
 }

@@ -181,6 +181,34 @@ void check_dense(int dtype, int64_t rows, int64_t cols) {
   }
 }
 
+// Columns of inputs up to 0.5 are passed over; each of the tokens has its own.
+void check_columns(int dtype, int64_t rows, int64_t cols, int64_t tokens) {
+  const Case c = {0, dtype, rows, cols, 100, false};
+  const Weight w = make(c);
+  const int64_t size = size_of(dtype);
+  std::vector<uint8_t> columns(w.bits.size());
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < cols; ++k)
+      memcpy(&columns[size_t((k * rows + r) * size)], &w.bits[size_t((r * cols + k) * size)], size_t(size));
+  std::vector<float> x(size_t(tokens * cols)), y(size_t(tokens * rows), NAN);
+  for (float& value : x) value = float(int(random_bits() % 17) - 8) / 8;
+  const float threshold = 0.5f;
+  sk_call call = {nullptr, 0, x.data(), nullptr, y.data(), tokens, cols, rows, SK_F32, SK_F32, 2};
+  expect(sk_columns(&call, columns.data(), rows, cols, dtype, &threshold, 1) == SK_OK, "sk_columns refused", c, tokens);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < rows; ++r) {
+      double sum = 0, scale = 1e-6;
+      for (int64_t k = 0; k < cols; ++k) {
+        const double input = double(x[size_t(t * cols + k)]);
+        if (!(fabs(input) > 0.5)) continue;
+        sum += w.dense[size_t(r * cols + k)] * input;
+        scale += fabs(w.dense[size_t(r * cols + k)] * input);
+      }
+      if (!(fabs(double(y[size_t(t * rows + r)]) - sum) < 1e-5 * scale))
+        return expect(false, "wrong product of columns", c, tokens);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -201,6 +229,8 @@ int main() {
     random_bits.seed(7);
     for (const Case& c : cases) check(c);
     for (int dtype : {SK_BF16, SK_F16, SK_F32}) check_dense(dtype, 17, 75);
+    for (int dtype : {SK_BF16, SK_F16, SK_F32})
+      for (int64_t tokens = 1; tokens <= SK_COLUMN_TOKENS; ++tokens) check_columns(dtype, 131, 75, tokens);
     printf("%s: %s\n", sk_isa_name(i), failures == before ? "good" : "WRONG");
   }
   return failures ? 1 : 0;

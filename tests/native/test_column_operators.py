@@ -1,0 +1,118 @@
+"""The operators that pass over inputs: both backends, refusals with what was got and needed, compile."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsekit.errors import KernelError
+from sparsekit.runtime import column_ops, ops
+
+BACKENDS = """
+import pytest, sys
+from sparsekit.runtime import column_ops
+print(column_ops.register())
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "columns and not backend and not compile and not opcheck", "tests/native/test_column_operators.py"]))
+"""
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+def test_backend(backend: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BACKENDS],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "SPARSEKIT_BACKEND": backend},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split()[0] == backend
+
+
+def masked(x: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.abs().float() <= threshold, torch.zeros((), dtype=x.dtype), x)
+
+
+def close(y: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert y.shape == expected.shape and y.dtype == dtype and y.is_contiguous()
+    limit = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+    torch.testing.assert_close(y.double(), expected, rtol=limit, atol=limit * 1e-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_columns(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = column_ops.column_major((torch.randn(65, 48) * 0.1).to(dtype))
+    bias = torch.randn(65).to(dtype)
+    inputs = [torch.randn(48), torch.randn(1, 1, 48), torch.randn(2, 2, 48), torch.randn(48, 3).T, torch.randn(0, 48)]
+    for x in [each.to(dtype) for each in (*inputs, torch.randn(4, 2, 48)[:, 1])]:
+        for threshold in (torch.tensor([0.6]), torch.rand(48)):
+            for b in (None, bias):
+                y = column_ops.linear_columns(x, weight, b, threshold)
+                exact = F.linear(masked(x, threshold).double(), weight.double(), None if b is None else b.double())
+                close(y, exact, dtype)
+
+
+def test_column_major_holds_the_same_weight() -> None:
+    for shape in ((5, 7), (1, 9), (9, 1), (0, 3), (1100, 1024)):
+        weight = torch.randn(shape).bfloat16()
+        held = column_ops.column_major(weight)
+        assert torch.equal(held, weight) and held.t().is_contiguous() and held.dtype == weight.dtype
+
+
+X, W, T = torch.randn(2, 48), column_ops.column_major(torch.randn(64, 48)), torch.rand(48)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: column_ops.linear_columns(X, W.contiguous(), None, T), r"column-major.*48, 1.*1, 64"),
+        (lambda: column_ops.linear_columns(X, W[:60], None, T), r"column-major.*1, 64.*1, 60"),
+        (lambda: column_ops.linear_columns(X, W[0], None, T), "matrix"),
+        (lambda: column_ops.linear_columns(X.bfloat16(), W, None, T), "bf16|bfloat16"),
+        (lambda: column_ops.linear_columns(X.double(), W.double(), None, T), "bf16|bfloat16"),
+        (lambda: column_ops.linear_columns(X[:, :40], W, None, T), "48"),
+        (lambda: column_ops.linear_columns(X, W, T, T), "bias must.*64"),
+        (lambda: column_ops.linear_columns(X, W, torch.zeros(64).bfloat16(), T), "bias must"),
+        (lambda: column_ops.linear_columns(X, W, None, T[:47]), r"threshold.*47.*|threshold.*\[48\].*\[47\]"),
+        (lambda: column_ops.linear_columns(X, W, None, T.bfloat16()), "threshold.*dtype|threshold.*bfloat16"),
+        (lambda: column_ops.linear_columns(X, W, None, torch.rand(96)[::2]), "contiguous"),
+        (lambda: column_ops.linear_columns(X, W, None, T[None]), "threshold"),
+        (lambda: column_ops.linear_columns(torch.randn(5, 48), W, None, T), "5 tokens, needed 4 at most"),
+    ],
+)
+def test_columns_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises((RuntimeError, KernelError), match=message):
+        call()
+
+
+def test_columns_without_gradient() -> None:
+    x = torch.randn(2, 48, requires_grad=True)
+    with pytest.raises(KernelError, match="no gradient"):
+        column_ops.linear_columns(x, W, None, T)
+    with torch.no_grad():
+        column_ops.linear_columns(x, W, None, T)
+    y = torch.ops.sparsekit.linear_columns(x, W, None, T)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        y.sum().backward()
+
+
+def test_columns_compile_whole() -> None:
+    column_ops.register()
+    compiled = torch.compile(lambda x: column_ops.linear_columns(x, W, None, T) * 2, fullgraph=True, backend="aot_eager")
+    for tokens in (1, 3):
+        x = torch.randn(tokens, 48)
+        assert torch.equal(compiled(x), column_ops.linear_columns(x, W, None, T) * 2)
+
+
+def test_columns_pass_opcheck() -> None:
+    column_ops.register()
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.sparsekit.linear_columns.default, (X, W, torch.randn(64), T), test_utils=tests)
