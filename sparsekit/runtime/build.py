@@ -33,7 +33,8 @@ _AVX512 = (
 _PLAIN = (
     *("columns", "columns_portable", "disk", "disk_values", "expand"),
     *("isa", "linear", "linear_quantised", "pack", "pack_bitmap", "pack_block", "pack_chunk", "pack_quantised"),
-    *("pack_split", "repack", "pool", "torch_columns", "torch_shim", "unpack", "kernels_portable", "quantised_portable"),
+    *("pack_split", "repack", "pool", "torch_columns", "torch_shim", "unpack"),
+    *("kernels_portable", "quantised_portable"),
 )
 
 

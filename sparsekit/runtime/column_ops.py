@@ -135,9 +135,8 @@ def _few(x: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> tuple[native
 def _check_threshold(threshold: Tensor, cols: int) -> None:
     fits = threshold.dtype == torch.float32 and threshold.dim() == 1 and threshold.is_contiguous()
     if not fits or threshold.numel() not in {1, cols}:
-        raise RuntimeError(
-            f"sparsekit: threshold is {threshold.dtype} {list(threshold.shape)}, needed contiguous float32 [1] or [{cols}]"
-        )
+        got = f"{threshold.dtype} {list(threshold.shape)}"
+        raise RuntimeError(f"sparsekit: threshold is {got}, needed contiguous float32 [1] or [{cols}]")
 
 
 def _columns_fake(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ BACKENDS = """
 import pytest, sys
 from sparsekit.runtime import column_ops
 print(column_ops.register())
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "columns and not backend and not compile and not opcheck", "tests/native/test_column_operators.py"]))
+chosen = ["-k", "not backend and not compile and not opcheck", "tests/native/test_column_operators.py"]
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *chosen]))
 """
 
 
@@ -41,7 +42,8 @@ def masked(x: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
 
 
 def close(y: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-    assert y.shape == expected.shape and y.dtype == dtype and y.is_contiguous()
+    assert (y.shape, y.dtype) == (expected.shape, dtype)
+    assert y.is_contiguous()
     limit = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
     torch.testing.assert_close(y.double(), expected, rtol=limit, atol=limit * 1e-1)
 
@@ -64,7 +66,9 @@ def test_column_major_holds_the_same_weight() -> None:
     for shape in ((5, 7), (1, 9), (9, 1), (0, 3), (1100, 1024)):
         weight = torch.randn(shape).bfloat16()
         held = column_ops.column_major(weight)
-        assert torch.equal(held, weight) and held.t().is_contiguous() and held.dtype == weight.dtype
+        assert held.dtype == weight.dtype
+        assert torch.equal(held, weight)
+        assert held.t().is_contiguous()
 
 
 X, W, T = torch.randn(2, 48), column_ops.column_major(torch.randn(64, 48)), torch.rand(48)
@@ -106,7 +110,9 @@ def test_columns_without_gradient() -> None:
 
 def test_columns_compile_whole() -> None:
     column_ops.register()
-    compiled = torch.compile(lambda x: column_ops.linear_columns(x, W, None, T) * 2, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: column_ops.linear_columns(x, W, None, T) * 2, fullgraph=True, backend="aot_eager"
+    )
     for tokens in (1, 3):
         x = torch.randn(tokens, 48)
         assert torch.equal(compiled(x), column_ops.linear_columns(x, W, None, T) * 2)

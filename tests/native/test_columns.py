@@ -15,7 +15,20 @@ from tests.native.test_memory import Guarded
 
 TOLERANCE = 1e-5
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHAPES = [(1, 1), (1, 70), (70, 1), (16, 16), (17, 33), (31, 5), (64, 64), (65, 66), (129, 100), (2049, 9), (0, 5), (5, 0)]
+SHAPES = [
+    (1, 1),
+    (1, 70),
+    (70, 1),
+    (16, 16),
+    (17, 33),
+    (31, 5),
+    (64, 64),
+    (65, 66),
+    (129, 100),
+    (2049, 9),
+    (0, 5),
+    (5, 0),
+]
 
 
 @pytest.fixture(params=ISAS)
@@ -80,7 +93,7 @@ def test_random_shapes(isa: str, dtype: torch.dtype) -> None:
     threads=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
-def test_any_shape(  # noqa: PLR0913
+def test_any_shape(
     rows: int,
     cols: int,
     tokens: int,
@@ -119,11 +132,20 @@ def test_the_mask_is_the_reference_to_the_bit(isa: str) -> None:
 def test_special_inputs_and_thresholds(isa: str) -> None:
     inf, nan = float("inf"), float("nan")
     values = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-40, inf, -inf, nan])
-    count_for = {0.0: values[2:], 0.5: values[[2, 3, 5, 6, 7]], 1.0: values[5:], inf: values[7:], nan: values, -1.0: values}
+    count_for = {
+        0.0: values[2:],
+        0.5: values[[2, 3, 5, 6, 7]],
+        1.0: values[5:],
+        inf: values[7:],
+        nan: values,
+        -1.0: values,
+    }
     for threshold, counting in count_for.items():
         for value in values:
             y = columns(value.reshape(1, 1), torch.full((1, 1), 2.0), torch.tensor([threshold]))
-            expected = 2 * value if any(torch.equal(value.view(torch.int32), c.view(torch.int32)) for c in counting) else 0.0
+            expected = (
+                2 * value if any(torch.equal(value.view(torch.int32), c.view(torch.int32)) for c in counting) else 0.0
+            )
             torch.testing.assert_close(y.squeeze(), torch.as_tensor(expected) + 0.0, rtol=0, atol=0, equal_nan=True)
 
 
@@ -173,7 +195,11 @@ def test_guard_pages(isa: str) -> None:
     for number, (rows, cols) in enumerate([(1, 1), (5, 3), (16, 64), (33, 70), (70, 33), (2050, 5)]):
         for at_end in (True, False):
             dtype, tokens = DTYPES[number % 3], 1 + number % 4
-            weight, x, threshold = torch.randn(rows, cols).to(dtype), torch.randn(tokens, cols).to(dtype), torch.rand(cols)
+            weight, x, threshold = (
+                torch.randn(rows, cols).to(dtype),
+                torch.randn(tokens, cols).to(dtype),
+                torch.rand(cols),
+            )
             held, given_x, limits = (
                 Guarded.of(t.contiguous().view(torch.uint8), at_end=at_end) for t in (weight.t(), x, threshold)
             )
@@ -190,17 +216,14 @@ def test_bad_calls_are_refused() -> None:
     x, y, weight, threshold = torch.ones(5, 8), torch.ones(5, 8), torch.ones(8, 8), torch.ones(8)
 
     def status(**changed: object) -> int:
-        given = {"tokens": 1, "stride": 8, "rows": 8, "cols": 8, "dtype": 2, "x": 2, "threads": 1, "count": 8, **changed}
-        call = native.Call(
-            None, 0, x.data_ptr(), None, y.data_ptr(), given["tokens"], given["stride"], 8, given["x"], 2, given["threads"]
-        )
-        limits = given.get("limits", threshold.data_ptr())
-        return int(
-            native.library().sk_columns(
-                ctypes.byref(call), given.get("weight", weight.data_ptr()), given["rows"], given["cols"], given["dtype"],
-                limits, given["count"],
-            )
-        )  # fmt: skip
+        given = {
+            "tokens": 1, "stride": 8, "rows": 8, "cols": 8, "dtype": 2, "x": 2, "threads": 1, "count": 8,
+            "limits": threshold.data_ptr(), "weight": weight.data_ptr(), **changed,
+        }  # fmt: skip
+        tokens, stride, x_dtype, threads = (given[name] for name in ("tokens", "stride", "x", "threads"))
+        call = native.Call(None, 0, x.data_ptr(), None, y.data_ptr(), tokens, stride, 8, x_dtype, 2, threads)
+        rest = (given[name] for name in ("weight", "rows", "cols", "dtype", "limits", "count"))
+        return int(native.library().sk_columns(ctypes.byref(call), *rest))
 
     assert status() == status(tokens=0) == status(rows=0) == status(count=1) == 0
     for wrong in (
