@@ -13,6 +13,7 @@ from sparsekit.data.documents import TextSpec
 from sparsekit.errors import CheckpointError, UsageError
 from sparsekit.models.source import ModelSource
 from sparsekit.progress import Reporter
+from sparsekit.runtime import gates
 from sparsekit.speculate import skip_file
 from sparsekit.speculate.cached import require_croppable
 from sparsekit.speculate.choose import choose, tries
@@ -145,7 +146,7 @@ def prepare(model: Any, source: ModelSource, request: DraftRequest, reporter: Re
     if request.self_speculate == "skip":
         skipper = Skipper(model)
         skips = _skip_set(model, skipper, source, request, reporter).skips
-        return Prepared("skip", Drafting(skipper.skipping(skips)), skips)
+        return Prepared("skip", Drafting(skipper.skipping(skips), full_mode(model)), skips)
     draft, full = sparse_draft(model)
     if request.correct is not None:
         window = Window(request.correct, confidence=0.0)
@@ -159,10 +160,17 @@ def sparse_draft(model: Any) -> tuple[Mode, Mode]:
     Raises:
         UsageError: The model has no gates.
     """
-    raise UsageError(
-        f"{type(model).__name__} skips no inputs: there is nothing sparse to draft with",
-        hint="Draft with skipped branches: --self-speculate skip",
-    )
+    if not gates.attached(model):
+        raise UsageError(
+            f"{type(model).__name__} skips no inputs: there is nothing sparse to draft with",
+            hint="Make such a checkpoint: sparsekit prune MODEL --recipe teal-50 -o OUT",
+        )
+    return nullcontext, full_mode(model)
+
+
+def full_mode(model: Any) -> Mode:
+    """Return what opens the context in which all of a model computes, whether it has gates or not."""
+    return lambda: gates.paused(model)
 
 
 def _skip_set(model: Any, skipper: Skipper, source: ModelSource, request: DraftRequest, reporter: Reporter) -> SkipSet:
@@ -192,7 +200,7 @@ def _search(model: Any, skipper: Skipper, source: ModelSource, model_id: str, re
             text.ids,
             changes=CHANGES,
             seed=_SEED,
-            full=nullcontext,
+            full=full_mode(model),
             advance=lambda: reporter.advance("skip set"),
         )
     finally:

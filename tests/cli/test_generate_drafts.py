@@ -82,7 +82,7 @@ def test_one_token_needs_no_draft(folders, tmp_path):
         (["--correct", 4, "--save-skip-set", "x"], ["belong to --self-speculate skip"]),
         (["--correct", 4, "--correct-threshold", 1.5], ["--correct-threshold 1.5", "0 to 1"]),
         (["--self-speculate", "skip", "--skip-set", "/nowhere/x"], ["/nowhere/x", "No such file"]),
-        (["--self-speculate", "sparse"], ["skips no inputs", "--self-speculate skip"]),
+        (["--self-speculate", "sparse"], ["skips no inputs", "--recipe teal-50"]),
         (["--correct", 4], ["skips no inputs"]),
     ],
 )
