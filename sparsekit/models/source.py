@@ -171,7 +171,7 @@ class ModelSource:
         model.eval()
         model.requires_grad_(False)
         if not gates.attached(model):  # of a packed checkpoint they come with the weights
-            gates.attach_folder(model, self.folder)
+            gates.attach_folder(model, self.folder, kernels=packed)
         return model
 
 

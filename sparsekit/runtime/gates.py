@@ -8,18 +8,21 @@ itself: both call the same forward.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekit.checkpoint.source import SIDECAR
 from sparsekit.errors import CheckpointError, UsageError
 from sparsekit.models.gate_files import GateFile, read_gate_file
 from sparsekit.models.gates import Gated, Placed, Scope, Threshold, TopK, install
+from sparsekit.runtime import native
+from sparsekit.runtime.columns import kernel_forwards
+from sparsekit.runtime.dense import use_streaming
 
 _ATTRIBUTE = "sparsekit_gates"
 
@@ -45,20 +48,24 @@ class Attached:
     Attributes:
         file: What was read.
         scope: Shared by all gates.
+        kernels: Names of signals whose products skip what is dropped, rather than multiply zeros.
         undo: Takes the gates away again.
     """
 
     file: GateFile
     scope: ModelScope
+    kernels: frozenset[str]
     undo: list[Callable[[], None]]
 
 
-def attach_folder(model: Any, folder: Path) -> bool:
+def attach_folder(model: Any, folder: Path, *, kernels: bool) -> bool:
     """Attach the gates that lie beside a model's weights; return whether there are any.
 
     Args:
         model: A transformers model, loaded from `folder`.
         folder: Local folder of the checkpoint.
+        kernels: Skip what is dropped where a kernel for that is at hand; else it is multiplied as zeros. The result
+            is the same up to rounding.
 
     Raises:
         CheckpointError: The file is damaged, or belongs to another model.
@@ -66,11 +73,11 @@ def attach_folder(model: Any, folder: Path) -> bool:
     file = read_gate_file(folder)
     if file is None:
         return False
-    attach(model, file, where=str(folder / SIDECAR))
+    attach(model, file, kernels=kernels, where=str(folder / SIDECAR))
     return True
 
 
-def attach(model: Any, file: GateFile, where: str = "gates") -> None:
+def attach(model: Any, file: GateFile, *, kernels: bool, where: str = "gates") -> None:
     """Attach gates to a transformers model in place; see `attach_folder`.
 
     Raises:
@@ -81,9 +88,14 @@ def attach(model: Any, file: GateFile, where: str = "gates") -> None:
         raise UsageError("the model has gates already", hint="Load it again, or call detach first.")
     scope = ModelScope(file.dense_tokens)
     modules = {name: _module(model, name, placed, where) for name, placed in file.gates.items()}
-    state = Attached(file, scope, [])
+    state = Attached(file, scope, frozenset(), [])
+    fast: Mapping[str, Callable[..., Tensor]] = {}
+    if kernels and native.available():
+        use_streaming(model)
+        fast = kernel_forwards(modules, file, scope)
+    state.kernels = frozenset(fast)
     for name, module in modules.items():
-        state.undo.append(install(module, Gated(module, file.gates[name], scope)))
+        state.undo.append(install(module, fast.get(name) or Gated(module, file.gates[name], scope)))
     _follow_calls(model, state)
     setattr(model, _ATTRIBUTE, state)
 

@@ -349,7 +349,7 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
             _leave_files(model)
             release_freed()
         for folder in sorted({Path(file).parent for file in self._files.values()}):  # forwards are what they will be
-            attach_folder(model, folder)
+            attach_folder(model, folder, kernels=not self.quantization_config.dequantize)
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
