@@ -96,7 +96,7 @@ def thin(
         CalibrationError: The sparsity asked for is not met on held-out text, or the budget allows none.
     """
     apart = held_out(len(samples))
-    work = _Work(model, plan, samples[:-apart], samples[-apart:], reporter)
+    work = Calibration(model, plan, samples[:-apart], samples[-apart:], reporter)
     if plan.stage.budget is None:
         assert plan.stage.sparsity is not None  # noqa: S101  (the recipe has one of the two)
         found = work.calibrated(plan.stage.sparsity)
@@ -106,12 +106,13 @@ def thin(
     return Thinned(found.gates, found.sparsity, found.levels, found.held_out, readings, found.search, found.attempts)
 
 
-class _Work:
-    """A stage at work on one model and text."""
+class Calibration:
+    """A stage at work on one model and text; errors and dense losses are measured once."""
 
     def __init__(
         self, model: LazyModel, plan: ActivationPlan, samples: Tensor, apart: Tensor, reporter: Reporter
     ) -> None:
+        """Take a model with its plan, ids [samples, sequence_length] to calibrate on, and some to measure on."""
         self.model, self.plan, self.reporter = model, plan, reporter
         self.samples, self.apart = samples, apart
         self._errors: Errors | None = None
