@@ -5,7 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_SMALL = 1 << 20
+"""Bytes up to which a parameter is copied out of the mapped file it was read from."""
 
 
 def release_freed() -> None:
@@ -17,6 +23,16 @@ def release_freed() -> None:
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+def leave_files(model: nn.Module) -> None:
+    """Copy small parameters of a model on the CPU out of the files they are mapped from.
+
+    Each would otherwise keep the whole mapped file, with all that nobody needs any more, in memory.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.nbytes <= _SMALL:
+            parameter.data = parameter.data.clone()
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparsekit.checkpoint.source import SIDECAR
 from sparsekit.errors import CheckpointError, UsageError
+from sparsekit.memory import leave_files, release_freed
 from sparsekit.models.gate_files import GateFile, read_gate_file
 from sparsekit.models.gates import Gated, Placed, Scope, Threshold, TopK, install
 from sparsekit.runtime import native
@@ -93,6 +94,8 @@ def attach(model: Any, file: GateFile, *, kernels: bool, where: str = "gates") -
     if kernels and native.available():
         use_streaming(model)
         fast = kernel_forwards(modules, file, scope)
+        leave_files(model)
+        release_freed()
     state.kernels = frozenset(fast)
     for name, module in modules.items():
         state.undo.append(install(module, fast.get(name) or Gated(module, file.gates[name], scope)))

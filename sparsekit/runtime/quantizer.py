@@ -30,7 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparsekit.checkpoint.shapes import FORMAT_VERSION, METHOD, Shapes, config_entries, holds_packed, read_shapes
 from sparsekit.checkpoint.source import PACKED_INDEX
 from sparsekit.errors import HeaderError, IndexMismatch, KernelsMissing, SparsekitError, UsageError, VersionError
-from sparsekit.memory import release_freed
+from sparsekit.memory import leave_files, release_freed
 from sparsekit.models import headers
 from sparsekit.models.shapes import give_shapes
 from sparsekit.models.structure import find_stack
@@ -43,8 +43,6 @@ from sparsekit.runtime.gates import attach_folder
 from sparsekit.runtime.modules import SparseLinear
 from sparsekit.runtime.repack import dense, repack
 
-_SMALL = 1 << 20
-"""Bytes up to which a parameter is copied out of the mapped file it was read from."""
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
 _EXPERT = re.compile(r"\.\d+\.(?=[^.]+\.weight$)")
 PARTS = (
@@ -346,7 +344,7 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = None
         if not self.quantization_config.dequantize:
             use_streaming(model)
-            _leave_files(model)
+            leave_files(model)
             release_freed()
         for folder in sorted({Path(file).parent for file in self._files.values()}):  # forwards are what they will be
             attach_folder(model, folder, kernels=not self.quantization_config.dequantize)
@@ -415,16 +413,6 @@ def _require_whole(model: Any, files: list[PackedFile]) -> None:
     folder = files[0].path.parent
     headers.require_all(model, becomes, folder)
     headers.require_no_stray(model, becomes, folder)
-
-
-def _leave_files(model: torch.nn.Module) -> None:
-    """Copy small parameters out of their files.
-
-    Each would otherwise keep the whole mapped file, packed parts that nobody needs any more included, in memory.
-    """
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.nbytes <= _SMALL:
-            parameter.data = parameter.data.clone()
 
 
 def _runs_packed(device_map: Any) -> bool:
