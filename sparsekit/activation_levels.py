@@ -14,7 +14,8 @@ from sparsekit import ranks
 from sparsekit.activation_plan import LEVELS, ActivationPlan
 from sparsekit.contracts import Site
 from sparsekit.lazy import torch
-from sparsekit.models.gates import Gated, Scope, install
+from sparsekit.models.expert_gates import place_at
+from sparsekit.models.gates import Scope
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.sites import Place
 from sparsekit.progress import Reporter
@@ -111,7 +112,7 @@ def _error(
     """
     skip = plan.stage.dense_tokens
     placed = place_gate(plan, place, level, signal, visit.dtype)
-    undo = install(place.module, Gated(place.module, placed, Scope(skip)))
+    undo = place_at(place, placed, Scope(skip))
     try:
         thinned = visit.outputs()
     finally:

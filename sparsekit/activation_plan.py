@@ -94,7 +94,7 @@ def plan_activations(model: LazyModel, stage: ActivationStage, seed: int, *, whe
         raise LowCoverage(
             f"{stage.method} can skip {covered / total:.1%} of the block weights here, {least:.0%} are asked for",
             where=where,
-            hint="Widen targets, or set min_coverage in the stage to accept this. Experts are not thinned out yet.",
+            hint="Widen targets, or set min_coverage in the stage to accept this.",
         )
     return ActivationPlan(stage, calibrator, sites, covered / total)
 

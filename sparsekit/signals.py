@@ -25,7 +25,7 @@ class Signal:
 
     Attributes:
         scores: Histogram of |a_j| w_j.
-        importance: w, [width] float32; None: ones.
+        importance: w, [width] or [experts, width] float32; None: ones.
     """
 
     scores: Scores
@@ -36,26 +36,35 @@ def watch_scores(visit: Visit, plan: ActivationPlan, places: Collection[Place]) 
     """Return what the samples of a walk show of these signals, as the block is now."""
     above = _watch_up(visit, plan, places)
     weights = {
-        place.site.name: plan.calibrator.importance(
-            place.site, place.reader.weight().to(torch.float32), above.get(place.site.name, {})
-        )
+        place.site.name: [
+            plan.calibrator.importance(place.site, reader.weight().to(torch.float32), above.get(place.site.name, {}))
+            for reader in place.readers
+        ]
         for place in places
     }
-    prefix = f"{visit.prefix}."
-    empty = {
-        place.site.name: Scores(place.site.width, weights[place.site.name], plan.stage.dense_tokens) for place in places
-    }
-    kinds = {place.site.name: place.site.kind for place in places}
-    seen = visit.watch(
-        {name: scores for name, scores in empty.items() if kinds[name] == "input"},
-        {name.removeprefix(prefix): scores for name, scores in empty.items() if kinds[name] == "gate"},
-    )
-    found: dict[str, Signal] = {}
-    for name in empty:
-        scores = seen[name if kinds[name] == "input" else name.removeprefix(prefix)]
-        assert isinstance(scores, Scores)  # noqa: S101  (it was given)
-        found[name] = Signal(scores, weights[name])
-    return found
+    prefix, skip = f"{visit.prefix}.", plan.stage.dense_tokens
+    inputs: dict[str, Stat] = {}
+    outputs: dict[str, Stat] = {}
+    for place in places:
+        name, width = place.site.name, place.site.width
+        for reader, w in zip(place.readers, weights[name], strict=True):
+            if place.site.kind == "gate":
+                outputs[name.removeprefix(prefix)] = Scores(width, w, skip)
+            else:  # which tokens an expert gets is not known here; the first are few
+                inputs[reader.name] = Scores(width, w, skip if place.experts is None else 0)
+    seen = visit.watch(inputs, outputs)
+    return {place.site.name: _signal(place, seen, prefix, weights[place.site.name]) for place in places}
+
+
+def _signal(place: Place, seen: Mapping[str, Stat], prefix: str, weights: list[Tensor | None]) -> Signal:
+    """Return what was seen of a place; scores of all experts are in one histogram."""
+    name = place.site.name
+    keys = [reader.name for reader in place.readers] if place.site.kind == "input" else [name.removeprefix(prefix)]
+    pooled = Scores(place.site.width)
+    for key in keys:
+        pooled.merge(seen[key])
+    known = [w for w in weights if w is not None]
+    return Signal(pooled, None if not known else known[0] if place.experts is None else torch.stack(known))
 
 
 def _watch_up(visit: Visit, plan: ActivationPlan, places: Collection[Place]) -> Mapping[str, Mapping[str, Stat]]:
@@ -87,8 +96,8 @@ def place_gate(plan: ActivationPlan, place: Place, level: float, signal: Signal,
         dtype: Of the model; thresholds are rounded to it, so that moving the model to it changes none.
     """
     remainder = (
-        plan.calibrator.remainder(place.site, place.reader.weight().to(torch.float32), level)
-        if place.site.kind == "input"
+        plan.calibrator.remainder(place.site, place.readers[0].weight().to(torch.float32), level)
+        if place.site.kind == "input" and place.experts is None
         else None
     )
     if remainder is not None:

@@ -20,7 +20,8 @@ from sparsekit.contracts import Stat
 from sparsekit.errors import CalibrationError
 from sparsekit.lazy import torch
 from sparsekit.models.ending import losses_behind
-from sparsekit.models.gates import Gated, Placed, Scope, install
+from sparsekit.models.expert_gates import of_expert, place_at
+from sparsekit.models.gates import Placed, Scope
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.sites import Place, in_order
 from sparsekit.progress import Reporter
@@ -171,7 +172,7 @@ class Calibration:
     def gates(self, levels: Mapping[str, float]) -> dict[str, Placed]:
         """Walk the model and set a gate at every signal, one after the other."""
         plan, found = self.plan, dict[str, Placed]()
-        sparse = plan.stage.propagate == "sparse"
+        sparse, scope = plan.stage.propagate == "sparse", Scope(plan.stage.dense_tokens)
         with _undoing() as later:
             for visit in walk(self.model, self.samples, self.reporter, task=f"thresholds ({plan.stage.method})"):
                 later.now()
@@ -183,7 +184,7 @@ class Calibration:
                         name = place.site.name
                         found[name] = place_gate(plan, place, levels[name], signals[name], self.model.dtype)
                         if sparse:
-                            later.add(install(place.module, Gated(place.module, found[name], _scope(plan))))
+                            later.add(place_at(place, found[name], scope))
         return found
 
     def read(self, gates: Gates, ids: Tensor, text: str) -> Reading:
@@ -199,12 +200,13 @@ class Calibration:
         """Return what gates drop, and the mean loss in nats."""
         plan, found = self.plan, dict[str, Dropped]()
         hidden: list[Tensor] = []
+        scope = Scope(plan.stage.dense_tokens)
         with _undoing() as later:
             for visit in walk(self.model, ids, self.reporter, task=task):
                 later.now()
                 places = [place for place in plan.places(self.model, visit.index) if place.site.name in gates]
                 for place in places:
-                    later.add(install(place.module, Gated(place.module, gates[place.site.name], _scope(plan))))
+                    later.add(place_at(place, gates[place.site.name], scope))
                 if places:
                     found |= self._watch(visit.watch, visit.prefix, places, gates)
                 if visit.index == self.model.blocks - 1:
@@ -217,16 +219,26 @@ class Calibration:
     ) -> dict[str, Dropped]:
         """Return what the gates of a block drop. A gate's own output has zeros; an input is seen as it comes."""
         skip = self.plan.stage.dense_tokens
-        names = {
-            place.site.name: place.site.name.removeprefix(f"{prefix}.") if place.site.kind == "gate" else ""
-            for place in places
-        }
-        widths = {place.site.name: place.site.width for place in places}
-        inputs = {name: Dropped(widths[name], gates[name].gate.keep, skip) for name, path in names.items() if not path}
-        outputs = {path: Dropped(widths[name], None, skip) for name, path in names.items() if path}
+        inputs: dict[str, Stat] = {}
+        outputs: dict[str, Stat] = {}
+        keys: dict[str, list[str]] = {}
+        for place in places:
+            name, width, gate = place.site.name, place.site.width, gates[place.site.name].gate
+            if place.site.kind == "gate":
+                keys[name] = [name.removeprefix(f"{prefix}.")]
+                outputs[keys[name][0]] = Dropped(width, None, skip)
+                continue
+            keys[name] = [reader.name for reader in place.readers]
+            for number, reader in enumerate(place.readers):
+                first = skip if place.experts is None else 0
+                inputs[reader.name] = Dropped(width, of_expert(gate, number).keep, first)
         seen = watch(inputs, outputs)
-        found = {name: seen[path or name] for name, path in names.items()}
-        return {name: stat for name, stat in found.items() if isinstance(stat, Dropped)}
+        found: dict[str, Dropped] = {}
+        for place in places:
+            pooled = found[place.site.name] = Dropped(place.site.width)
+            for key in keys[place.site.name]:
+                pooled.merge(seen[key])
+        return found
 
 
 def _corrected(aim: float, wanted: float, dropped: Dropped | None) -> float:
@@ -234,10 +246,6 @@ def _corrected(aim: float, wanted: float, dropped: Dropped | None) -> float:
     if dropped is None or not dropped.share or not wanted:
         return aim
     return min(aim * wanted / dropped.share, 1 - (1 - aim) * 0.1)
-
-
-def _scope(plan: ActivationPlan) -> Scope:
-    return Scope(plan.stage.dense_tokens)
 
 
 class _Undo:

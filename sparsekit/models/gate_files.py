@@ -174,7 +174,7 @@ class _Reader:
     def gate(self, name: str, facts: Mapping[str, Any]) -> Gate:
         rule = facts.get("rule")
         if rule == "threshold":
-            return Threshold(self.sizes(f"{name}.act_threshold"))
+            return Threshold(self.sizes(f"{name}.act_threshold"))  # of experts a row each
         if rule == "top_k":
             count = facts.get("count")
             if type(count) is not int or count < 1:
@@ -191,21 +191,22 @@ class _Reader:
         return float(value)
 
     def sizes(self, name: str) -> Tensor:
-        """Return a vector of float32 that are not negative; infinite drops an entry always."""
-        found = self.tensor(name, 1)
+        """Return float32 that are not negative, a vector or one for each expert; infinite drops an entry always."""
+        found = self.tensor(name, 1, 2)
         if found.dtype != torch.float32:
             raise self.wrong(name, f"{found.dtype}, needed float32")
         if bad := int((~(found >= 0)).sum()):
             raise self.wrong(name, f"{bad} of {found.numel()} values are NaN or negative")
         return found
 
-    def tensor(self, name: str, dimensions: int) -> Tensor:
+    def tensor(self, name: str, *dimensions: int) -> Tensor:
         if name not in self.unread:
             raise self.wrong(name, "the tensor is not there")
         self.unread.discard(name)
         found = read_tensor(self.path, name)
-        if found.dim() != dimensions or not found.numel():
-            raise self.wrong(name, f"shape {list(found.shape)}, needed {dimensions} dimensions")
+        if found.dim() not in dimensions or not found.numel():
+            needed = " or ".join(map(str, dimensions))
+            raise self.wrong(name, f"shape {list(found.shape)}, needed {needed} dimensions")
         return found
 
     def wrong(self, name: str, message: str) -> CheckpointError:

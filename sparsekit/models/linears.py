@@ -151,7 +151,7 @@ def _is_router(name: str, module: nn.Module, experts: dict[str, nn.Module]) -> b
 
 def _expert_linears(module: nn.Module, prefix: str, index: int) -> Iterator[Linear]:
     transposed = bool(getattr(module, "is_transposed", False))
-    for parameter in _projections(module):
+    for parameter in projections(module):
         count, *shape = module.get_parameter(parameter).shape
         rows, columns = shape[::-1] if transposed else shape
         for expert in range(count):
@@ -159,7 +159,8 @@ def _expert_linears(module: nn.Module, prefix: str, index: int) -> Iterator[Line
             yield Linear(info, module, parameter, expert=expert, transposed=transposed)
 
 
-def _projections(module: nn.Module) -> list[str]:
+def projections(module: nn.Module) -> list[str]:
+    """Return the parameters of a module of experts that are projections, in the order they multiply."""
     names = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3 and name.endswith("_proj")]
     return sorted(names, key=lambda name: name == "down_proj")  # inputs before outputs
 
@@ -193,14 +194,21 @@ def _experts_hook(group: Sequence[Linear], tap: Tap) -> Callable[[nn.Module, tup
         for expert in sorted({expert for expert, _ in wanted if expert is not None}):
             tokens = (chosen == expert).any(dim=-1).nonzero()[:, 0]
             x = hidden[tokens]  # [tokens of this expert, in]
-            for parameter in _projections(module):
+            for parameter in projections(module):
                 name = wanted.get((expert, parameter))
                 if parameter == "down_proj":
-                    x = _intermediate(module, expert, x)  # [tokens of this expert, intermediate]
+                    x = _intermediate(module, expert, _entering(module, expert, x, tokens))  # [tokens, intermediate]
                 if name is not None:
                     tap(name, x)
 
     return hook
+
+
+def _entering(module: nn.Module, expert: int, x: Tensor, tokens: Tensor) -> Tensor:
+    """Return what an expert multiplies of its input; less than all of it where the module has gates."""
+    entering = getattr(module.__dict__.get("forward"), "entering", None)
+    found: Tensor = x if entering is None else entering(expert, x, tokens)
+    return found
 
 
 def _intermediate(module: nn.Module, expert: int, x: Tensor) -> Tensor:

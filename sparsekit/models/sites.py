@@ -24,30 +24,41 @@ class Place:
 
     Attributes:
         site: What it is.
-        module: Whose input or output it is.
-        reader: The linear that multiplies it; `down` for a gate.
-        gate: Gate sites: name of the linear whose outputs are activated.
+        module: Whose input or output it is; of experts the module that holds them all.
+        readers: The linear that multiplies it, `down` for a gate; of experts one linear for each.
     """
 
     site: Site
     module: nn.Module
-    reader: Linear
-    gate: str | None = None
+    readers: tuple[Linear, ...]
+
+    @property
+    def experts(self) -> str | None:
+        """Parameter that holds the weights of all experts, None for an ordinary linear."""
+        return None if self.readers[0].expert is None else self.readers[0].parameter
 
 
 def input_places(model: Any, stack: Stack, index: int) -> list[Place]:
-    """Return the inputs of a block's linears; experts, whose inputs no module sees, are not among them."""
+    """Return the inputs of a block's linears; those of all experts' projections of one kind are one."""
     spec = FAMILIES.get(str(model.config.model_type))
     prefix = f"{stack.prefix(index)}."
+    found: dict[str, list[Linear]] = {}
+    for linear in stack.linears(index):
+        found.setdefault(linear.name if linear.expert is None else linear.parameter_name, []).append(linear)
     return [
         Place(
-            Site(info.name, "input", index, info.in_features, (info,), _role(spec, info.name.removeprefix(prefix))),
-            linear.module,
-            linear,
+            Site(
+                name,
+                "input",
+                index,
+                readers[0].info.in_features,
+                tuple(reader.info for reader in readers),
+                _role(spec, readers[0].name.removeprefix(prefix)),
+            ),
+            readers[0].module,
+            tuple(readers),
         )
-        for linear in stack.linears(index)
-        for info in (linear.info,)
-        if linear.expert is None
+        for name, readers in found.items()
     ]
 
 
@@ -88,7 +99,7 @@ def _gate_place(model: Any, stack: Stack, index: int, mlp: MLP, linears: dict[st
     fused = mlp.gate == mlp.up
     skips = (reader.info,) if fused else (linears[mlp.up].info, reader.info)
     site = Site(f"{prefix}.{path}.{child}", "gate", index, reader.info.in_features, skips, up=linears[mlp.up].name)
-    return Place(site, module, reader, linears[mlp.gate].name)
+    return Place(site, module, (reader,))
 
 
 def _activations(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -124,10 +135,14 @@ def in_order(places: Collection[Place], sequence: list[list[Linear]]) -> list[li
         places: Of one block.
         sequence: Its linears in the order they run, see `OpenBlock.sequence`.
     """
-    inputs = {place.site.name: place for place in places if place.site.kind == "input"}
-    gates = {place.reader.name: place for place in places if place.site.kind == "gate"}
-    steps = []
+    by_reader = {reader.name: place for place in places for reader in place.readers if place.site.kind == "input"}
+    gates = {place.readers[0].name: place for place in places if place.site.kind == "gate"}
+    steps: list[list[Place]] = []
+    seen: set[str] = set()
     for together in sequence:
-        steps.append([gates[linear.name] for linear in together if linear.name in gates])
-        steps.append([inputs[linear.name] for linear in together if linear.name in inputs])
+        for known in (gates, by_reader):
+            step = [known[linear.name] for linear in together if linear.name in known]
+            fresh = [place for place in step if place.site.name not in seen]  # experts come one after the other
+            seen |= {place.site.name for place in fresh}
+            steps.append(fresh)
     return [step for step in steps if step]

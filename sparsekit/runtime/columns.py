@@ -48,9 +48,7 @@ class GatedColumns(Gated):
         return y
 
 
-def kernel_forwards(
-    modules: Mapping[str, nn.Module], file: GateFile, scope: Scope
-) -> dict[str, Callable[..., Tensor]]:
+def kernel_forwards(modules: Mapping[str, nn.Module], file: GateFile, scope: Scope) -> dict[str, Callable[..., Tensor]]:
     """Return name of a signal -> forward of its module that skips; those that have none are left out.
 
     Args:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from sparsekit.checkpoint.source import SIDECAR
 from sparsekit.errors import CheckpointError, UsageError
 from sparsekit.memory import leave_files, release_freed
+from sparsekit.models.expert_gates import install_expert_gate
 from sparsekit.models.gate_files import GateFile, read_gate_file
 from sparsekit.models.gates import Gated, Placed, Scope, Threshold, TopK, install
+from sparsekit.models.linears import is_experts, projections
 from sparsekit.runtime import native
 from sparsekit.runtime.columns import kernel_forwards
 from sparsekit.runtime.dense import use_streaming
@@ -89,15 +91,20 @@ def attach(model: Any, file: GateFile, *, kernels: bool, where: str = "gates") -
         raise UsageError("the model has gates already", hint="Load it again, or call detach first.")
     scope = ModelScope(file.dense_tokens)
     modules = {name: _module(model, name, placed, where) for name, placed in file.gates.items()}
+    experts = {name: module for name, module in modules.items() if is_experts(module)}
     state = Attached(file, scope, frozenset(), [])
     fast: Mapping[str, Callable[..., Tensor]] = {}
     if kernels and native.available():
         use_streaming(model)
-        fast = kernel_forwards(modules, file, scope)
+        fast = kernel_forwards({name: modules[name] for name in modules.keys() - experts.keys()}, file, scope)
         leave_files(model)
         release_freed()
     state.kernels = frozenset(fast)
     for name, module in modules.items():
+        if name in experts:
+            parameter = name.rpartition(".")[2]
+            state.undo.append(install_expert_gate(module, parameter, file.gates[name], scope))
+            continue
         state.undo.append(install(module, fast.get(name) or Gated(module, file.gates[name], scope)))
     _follow_calls(model, state)
     setattr(model, _ATTRIBUTE, state)
@@ -143,15 +150,17 @@ def _state(model: Any) -> Attached | None:
 
 def _module(model: Any, name: str, placed: Placed, where: str) -> nn.Module:
     """Return the module that a gate stands at; require that the gate fits."""
+    path, _, last = name.rpartition(".")
     try:
-        module: nn.Module = model.get_submodule(name)
+        owner: nn.Module = model.get_submodule(path)
+        module = owner if is_experts(owner) and last in projections(owner) else model.get_submodule(name)
     except AttributeError:
         raise CheckpointError(
             "the model has no such module", where=f"{where}: {name}", hint="The file belongs to another model."
         ) from None
-    width = getattr(module, "in_features", None) or getattr(module, "nx", None)
+    width = _width(module, last)
     sizes = {
-        tensor.numel()
+        tensor.shape[-1]
         for tensor in (getattr(placed.gate, "t", None), getattr(placed.gate, "w", None))
         if isinstance(placed.gate, Threshold | TopK) and tensor is not None
     }
@@ -162,6 +171,14 @@ def _module(model: Any, name: str, placed: Placed, where: str) -> nn.Module:
             hint="The file belongs to another model.",
         )
     return module
+
+
+def _width(module: nn.Module, parameter: str) -> int | None:
+    """Return how many entries the input of a linear has, or that of a projection of experts; None for others."""
+    if is_experts(module):
+        shape = module.get_parameter(parameter).shape
+        return int(shape[-2] if getattr(module, "is_transposed", False) else shape[-1])
+    return getattr(module, "in_features", None) or getattr(module, "nx", None)
 
 
 def _follow_calls(model: Any, state: Attached) -> None:

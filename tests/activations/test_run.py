@@ -19,7 +19,6 @@ from tests.support.gated import load, plan, thin
 
 UNIFORM = "stages.0.allocate=uniform"
 LOOSE = "stages.0.tolerance=0.03"  # 47 tokens of one sample are held out
-DENSE_FAMILIES = sorted(set(tiny.FAMILIES) - set(tiny.MOE_FAMILIES))
 GATED = ("gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "stablelm")
 
 
@@ -39,7 +38,7 @@ def logits(model, ids, **options):
         return model(ids, **options).logits
 
 
-@pytest.mark.parametrize("family", DENSE_FAMILIES)
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_every_family_meets_what_is_asked_and_runs_as_it_was_measured(family, tmp_path):
     folder = tiny.save(family, tmp_path / "model")
     found = thin(folder, tmp_path / "out", "teal-50", UNIFORM, LOOSE).report["activations"]
@@ -262,9 +261,6 @@ def test_coverage_and_targets(llama, tmp_path):
         plan(llama, "teal-50", "stages.0.sparsity=0.95")
     few = plan(llama, "teal-50", 'stages.0.targets=["*.q_proj"]', "stages.0.min_coverage=0")
     assert len(few.activations.sites) == 3
-    mixtral = tiny.save("mixtral", tmp_path / "mixtral")
-    with pytest.raises(LowCoverage, match="Experts"):
-        plan(mixtral, "teal-50")
 
 
 def test_one_changed_weight_is_found(thinned, tmp_path):
