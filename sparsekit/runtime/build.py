@@ -31,9 +31,9 @@ _AVX512 = (
     "-Wno-maybe-uninitialized",
 )
 _PLAIN = (
-    *("columns", "columns_portable", "disk", "disk_values", "expand"),
+    *("columns", "columns_pack", "columns_portable", "disk", "disk_values", "expand"),
     *("isa", "linear", "linear_quantised", "pack", "pack_bitmap", "pack_block", "pack_chunk", "pack_quantised"),
-    *("pack_split", "repack", "pool", "torch_columns", "torch_shim", "unpack"),
+    *("pack_split", "repack", "rows", "pool", "torch_columns", "torch_shim", "unpack"),
     *("kernels_portable", "quantised_portable"),
 )
 

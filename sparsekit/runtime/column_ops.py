@@ -1,4 +1,7 @@
-"""Products that pass over inputs, as torch operators: `sparsekit::linear_columns`.
+"""Products that pass over inputs or outputs, as torch operators.
+
+`sparsekit::linear_columns` and, for a weight with holes, `linear_columns_packed` pass over small inputs; `linear_rows`
+computes the outputs that are asked for.
 
 At decode an input below its threshold counts for nothing, so its column of the weight need not be read. That saves
 time only where a column lies in one piece: these operators take weights stored column by column. Which inputs count is
@@ -28,7 +31,11 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 4
 """A product with more tokens is refused: hardly an input is small in all of them."""
-SCHEMAS = ("linear_columns(Tensor x, Tensor weight, Tensor? bias, Tensor threshold) -> Tensor",)
+SCHEMAS = (
+    "linear_columns(Tensor x, Tensor weight, Tensor? bias, Tensor threshold) -> Tensor",
+    "linear_columns_packed(Tensor x, Tensor packed, Tensor? bias, Tensor threshold, int rows) -> Tensor",
+    "linear_rows(Tensor x, Tensor weight, Tensor? bias, Tensor keep) -> Tensor",
+)
 _KEPT: list[Any] = []  # registrations end when their Library object is collected
 
 
@@ -37,6 +44,59 @@ def column_major(weight: Tensor) -> Tensor:
     rows, cols = weight.shape
     memory = native.allocate(weight.numel() * weight.element_size())
     return memory.view(weight.dtype).reshape(cols, rows).copy_(weight.detach().t()).t()
+
+
+def pack_columns(weight: Tensor) -> Tensor:
+    """Return a bf16 `weight: [out, in]` without its zeros, for `linear_columns_packed`.
+
+    A weight is stored unless all its bits are 0: a negative zero and the bits of a NaN are kept.
+
+    Returns:
+        u8 buffer, in memory only: its form may change from one version to the next.
+
+    Raises:
+        KernelsMissing: There are no kernels.
+        KernelError: Another dtype or not a matrix, or too large.
+        MemoryError: No memory.
+    """
+    if weight.dim() != 2 or weight.dtype != torch.bfloat16:
+        raise KernelError(f"weight is {weight.dtype} {list(weight.shape)}, needed a matrix of bfloat16")
+    (rows, cols), lib, threads = weight.shape, native.library(), torch.get_num_threads()
+    held = weight.detach().t().contiguous()
+    size = lib.sk_columns_bytes(held.data_ptr(), rows, cols, threads)
+    if size < 0:
+        raise KernelError(f"a weight {list(weight.shape)} that cannot be packed by columns")
+    packed = native.allocate(size)
+    native.check(lib.sk_columns_pack(held.data_ptr(), rows, cols, packed.data_ptr(), size, threads), "pack_columns")
+    return packed
+
+
+def packed_columns_info(packed: Tensor) -> tuple[int, int, int]:
+    """Return rows, columns and number of values of a buffer of `pack_columns`.
+
+    Raises:
+        KernelError: Not such a buffer.
+    """
+    if packed.dtype != torch.uint8 or not packed.is_contiguous():
+        raise KernelError(f"packed columns are {packed.dtype}, needed contiguous uint8")
+    found = (ctypes.c_int64 * 3)()
+    native.check(native.library().sk_columns_info(packed.data_ptr(), packed.numel(), found), "packed columns")
+    return found[0], found[1], found[2]
+
+
+def unpack_columns(packed: Tensor) -> Tensor:
+    """Return the bf16 weight [out, in] of a buffer of `pack_columns`, bit for bit, stored column by column.
+
+    Raises:
+        KernelError: Not such a buffer, or a damaged one.
+    """
+    rows, cols, _ = packed_columns_info(packed)
+    held = torch.empty((cols, rows), dtype=torch.bfloat16)
+    status = native.library().sk_columns_unpack(
+        packed.data_ptr(), packed.numel(), held.data_ptr(), torch.get_num_threads()
+    )
+    native.check(status, "packed columns")
+    return held.t()
 
 
 def linear_columns(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
@@ -59,6 +119,47 @@ def linear_columns(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Te
         RuntimeError: Shapes, strides or dtypes do not fit.
     """
     return _call("linear_columns", x, weight, bias, threshold)
+
+
+def linear_columns_packed(x: Tensor, packed: Tensor, bias: Tensor | None, threshold: Tensor, rows: int) -> Tensor:
+    """Return what `linear_columns` does for a packed weight: zero weights are passed over as well.
+
+    Args:
+        x: [..., in] of at most four tokens, bf16, fp16 or fp32.
+        packed: A buffer of `pack_columns` for a weight [rows, in].
+        bias: [rows] of x's dtype, or None.
+        threshold: float32 [in], or [1] for all inputs.
+        rows: Outputs.
+
+    Returns:
+        [..., rows] of x's dtype.
+
+    Raises:
+        KernelsMissing: There are no kernels.
+        KernelError: x requires a gradient.
+        RuntimeError: Shapes or dtypes do not fit, or not such a buffer.
+    """
+    return _call("linear_columns_packed", x, packed, bias, threshold, rows)
+
+
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor) -> Tensor:
+    """Return `x @ weight.T + bias` where `keep` is set and 0 elsewhere; rows that no token keeps are not read.
+
+    Args:
+        x: [..., in] of at most four tokens, bf16, fp16 or fp32.
+        weight: [out, in] of x's dtype, contiguous.
+        bias: [out] of x's dtype, or None; kept outputs get it.
+        keep: [..., out] of bool or uint8, contiguous.
+
+    Returns:
+        [..., out] of x's dtype.
+
+    Raises:
+        KernelsMissing: There are no kernels.
+        KernelError: x requires a gradient.
+        RuntimeError: Shapes or dtypes do not fit.
+    """
+    return _call("linear_rows", x, weight, bias, keep)
 
 
 def _call(name: str, x: Tensor, *arguments: Any) -> Tensor:
@@ -94,9 +195,13 @@ def register() -> str:
     for schema in SCHEMAS:
         definition.define(schema)
     _KEPT.append(definition)
-    kernels = {"linear_columns": (_columns_ctypes, _columns_fake)}
+    kernels: dict[str, tuple[Callable[..., Tensor], Any]] = {
+        "linear_columns": (_columns_ctypes, _of_weight_fake),
+        "linear_columns_packed": (_packed_ctypes, _packed_fake),
+        "linear_rows": (_rows_ctypes, _of_weight_fake),
+    }
     if backend == "stable":
-        native.check(native.library().sk_torch_register_columns(ops.torch_version()), "linear_columns")
+        native.check(native.library().sk_torch_register_columns(ops.torch_version()), "column_ops")
     for name, (kernel, fake) in kernels.items():
         if backend == "ctypes":
             definition.impl(name, kernel, "CPU")
@@ -124,6 +229,34 @@ def _columns_ctypes(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: T
     return y
 
 
+def _packed_ctypes(x: Tensor, packed: Tensor, bias: Tensor | None, threshold: Tensor, rows: int) -> Tensor:
+    found, cols, _ = packed_columns_info(packed)
+    if found != rows:
+        raise RuntimeError(f"sparsekit: the packed weight has {found} rows, not {rows}")
+    call, y, _kept = _few(x, bias, (rows, cols))
+    _check_threshold(threshold, cols)
+    call.packed, call.packed_bytes = packed.data_ptr(), packed.numel()
+    status = native.library().sk_columns_packed(ctypes.byref(call), threshold.data_ptr(), threshold.numel())
+    native.check(status, "linear_columns_packed")
+    return y
+
+
+def _rows_ctypes(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor) -> Tensor:
+    if weight.dim() != 2 or weight.dtype != x.dtype or not weight.is_contiguous():
+        raise RuntimeError(f"sparsekit: weight must be a contiguous matrix of {x.dtype}")
+    rows, cols = weight.shape
+    call, y, _kept = _few(x, bias, (rows, cols))
+    needed = (*x.shape[:-1], rows)
+    if keep.dtype not in {torch.bool, torch.uint8} or keep.shape != needed or not keep.is_contiguous():
+        got = f"{keep.dtype} {list(keep.shape)}"
+        raise RuntimeError(f"sparsekit: keep is {got}, needed contiguous bool or uint8 {list(needed)}")
+    status = native.library().sk_rows(
+        ctypes.byref(call), weight.data_ptr(), rows, cols, call.x_dtype, keep.data_ptr(), rows
+    )
+    native.check(status, "linear_rows")
+    return y
+
+
 def _few(x: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> tuple[native.Call, Tensor, tuple[Any, ...]]:
     """Return what `ops.product` does, for at most `FEW_TOKENS`."""
     tokens = math.prod(x.shape[:-1])
@@ -139,5 +272,9 @@ def _check_threshold(threshold: Tensor, cols: int) -> None:
         raise RuntimeError(f"sparsekit: threshold is {got}, needed contiguous float32 [1] or [{cols}]")
 
 
-def _columns_fake(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
+def _packed_fake(x: Tensor, packed: Tensor, bias: Tensor | None, threshold: Tensor, rows: int) -> Tensor:
+    return torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
+
+
+def _of_weight_fake(x: Tensor, weight: Tensor, bias: Tensor | None, choice: Tensor) -> Tensor:
     return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)

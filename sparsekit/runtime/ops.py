@@ -168,12 +168,12 @@ def _register_stable(lib: ctypes.CDLL) -> bool:
         while (name := lib.sk_torch_symbol(len(names))) is not None:
             names.append(name.decode())
         addresses = [ctypes.cast(getattr(libtorch, name), ctypes.c_void_p) for name in names]
-        kinds = ("bfloat16", "float16", "float32")
+        kinds = ("bfloat16", "float16", "float32", "uint8", "bool")
         numbers = [getattr(libtorch, f"aoti_torch_dtype_{kind}")() for kind in kinds]
     except (OSError, AttributeError):
         return False
     array = (ctypes.c_void_p * len(addresses))(*addresses)
-    status = lib.sk_torch_register(array, len(addresses), (ctypes.c_int32 * 3)(*numbers), torch_version())
+    status = lib.sk_torch_register(array, len(addresses), (ctypes.c_int32 * len(kinds))(*numbers), torch_version())
     return bool(status == 0)
 
 

@@ -71,7 +71,41 @@ def test_column_major_holds_the_same_weight() -> None:
         assert held.t().is_contiguous()
 
 
+def test_columns_packed() -> None:
+    torch.manual_seed(0)
+    weight = torch.where(torch.rand(65, 48) < 0.5, torch.randn(65, 48), 0.0).bfloat16()
+    packed, bias, threshold = column_ops.pack_columns(weight), torch.randn(65), torch.rand(48)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for x in (torch.randn(48), torch.randn(2, 2, 48), torch.randn(48, 3).T, torch.randn(0, 48)):
+            for b in (None, bias.to(dtype)):
+                y = column_ops.linear_columns_packed(x.to(dtype), packed, b, threshold, 65)
+                exact = F.linear(
+                    masked(x.to(dtype), threshold).double(), weight.double(), None if b is None else b.double()
+                )
+                close(y, exact, dtype)
+
+
+def test_rows_that_are_kept() -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(65, 48), torch.randn(65)
+    for x in (torch.randn(48), torch.randn(2, 2, 48), torch.randn(48, 3).T, torch.randn(0, 48)):
+        keep = torch.rand(*x.shape[:-1], 65) < 0.5
+        for b in (None, bias):
+            for mask in (keep, keep.to(torch.uint8) * 3):
+                y = column_ops.linear_rows(x, weight, b, mask)
+                close(
+                    y,
+                    torch.where(keep, F.linear(x.double(), weight.double(), None if b is None else b.double()), 0),
+                    x.dtype,
+                )
+
+
 X, W, T = torch.randn(2, 48), column_ops.column_major(torch.randn(64, 48)), torch.rand(48)
+R, K, P = (
+    torch.randn(64, 48),
+    torch.ones(2, 64, dtype=torch.bool),
+    column_ops.pack_columns(torch.randn(64, 48).bfloat16()),
+)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +124,18 @@ X, W, T = torch.randn(2, 48), column_ops.column_major(torch.randn(64, 48)), torc
         (lambda: column_ops.linear_columns(X, W, None, torch.rand(96)[::2]), "contiguous"),
         (lambda: column_ops.linear_columns(X, W, None, T[None]), "threshold"),
         (lambda: column_ops.linear_columns(torch.randn(5, 48), W, None, T), "5 tokens, needed 4 at most"),
+        (lambda: column_ops.linear_columns_packed(X, P, None, T, 63), "64 rows, not 63"),
+        (lambda: column_ops.linear_columns_packed(X, P[:-1], None, T, 64), "not a (packed weight|weight of packed)"),
+        (lambda: column_ops.linear_columns_packed(X, P.view(torch.int8), None, T, 64), "packed columns"),
+        (lambda: column_ops.linear_columns_packed(X[:, :40], P, None, T, 64), "48"),
+        (lambda: column_ops.linear_columns_packed(X, P, None, T[:5], 64), "threshold"),
+        (lambda: column_ops.linear_columns_packed(torch.randn(5, 48), P, None, T, 64), "5 tokens, needed 4"),
+        (lambda: column_ops.linear_rows(X, W, None, K), "contiguous matrix"),
+        (lambda: column_ops.linear_rows(X, R, None, K[:1]), r"keep.*\[1, 64\]"),
+        (lambda: column_ops.linear_rows(X, R, None, K[:, :60]), r"keep.*\[2, 60\]"),
+        (lambda: column_ops.linear_rows(X, R, None, K.float()), "keep"),
+        (lambda: column_ops.linear_rows(X, R, None, K.T.contiguous().T), "keep.*contiguous"),
+        (lambda: column_ops.linear_rows(torch.randn(5, 48), R, None, K), "5 tokens, needed 4"),
     ],
 )
 def test_columns_refused(call: Callable[[], object], message: str) -> None:
@@ -108,17 +154,24 @@ def test_columns_without_gradient() -> None:
         y.sum().backward()
 
 
-def test_columns_compile_whole() -> None:
+CALLS = {
+    "linear_columns": (X, W, torch.randn(64), T),
+    "linear_columns_packed": (X, P, torch.randn(64), T, 64),
+    "linear_rows": (X, R, torch.randn(64), K),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compile_whole(name: str) -> None:
     column_ops.register()
-    compiled = torch.compile(
-        lambda x: column_ops.linear_columns(x, W, None, T) * 2, fullgraph=True, backend="aot_eager"
-    )
-    for tokens in (1, 3):
-        x = torch.randn(tokens, 48)
-        assert torch.equal(compiled(x), column_ops.linear_columns(x, W, None, T) * 2)
+    x, *rest = CALLS[name]
+    operator = getattr(column_ops, name)
+    compiled = torch.compile(lambda x: operator(x, *rest) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), operator(x, *rest) * 2)
 
 
-def test_columns_pass_opcheck() -> None:
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name: str) -> None:
     column_ops.register()
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.sparsekit.linear_columns.default, (X, W, torch.randn(64), T), test_utils=tests)
+    torch.library.opcheck(getattr(torch.ops.sparsekit, name).default, CALLS[name], test_utils=tests)

@@ -1,7 +1,7 @@
 // AVX2 with FMA and F16C: products that pass over inputs.
 #include <immintrin.h>
 
-#include "columns.h"
+#include "columns_packed.h"
 
 namespace sk {
 namespace {
@@ -13,6 +13,11 @@ struct V {
   static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats get(const float* p) { return _mm256_loadu_ps(p); }
   static void put(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+  static float sum(Floats v) {
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, v);
+    return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+  }
   template <int32_t Dtype>
   static Floats load(const void* p) {
     if (Dtype == SK_F32) return _mm256_loadu_ps(static_cast<const float*>(p));
@@ -31,5 +36,5 @@ struct V {
 }  // namespace
 
 extern const ColumnKernels kColumnsAvx2;
-const ColumnKernels kColumnsAvx2 = {generic_select, multiply<V>};
+const ColumnKernels kColumnsAvx2 = {generic_select, multiply<V>, generic_packed, rows<V>};
 }  // namespace sk

@@ -1,7 +1,7 @@
 // NEON: products that pass over inputs.
 #include <arm_neon.h>
 
-#include "columns.h"
+#include "columns_packed.h"
 
 namespace sk {
 namespace {
@@ -13,6 +13,7 @@ struct V {
   static Floats multiply_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
   static Floats get(const float* p) { return vld1q_f32(p); }
   static void put(float* p, Floats v) { vst1q_f32(p, v); }
+  static float sum(Floats v) { return vaddvq_f32(v); }
   template <int32_t Dtype>
   static Floats load(const uint8_t* p) {
     if (Dtype == SK_F32) return vreinterpretq_f32_u8(vld1q_u8(p));
@@ -30,5 +31,5 @@ struct V {
 }  // namespace
 
 extern const ColumnKernels kColumnsNeon;
-const ColumnKernels kColumnsNeon = {generic_select, multiply<V>};
+const ColumnKernels kColumnsNeon = {generic_select, multiply<V>, generic_packed, rows<V>};
 }  // namespace sk

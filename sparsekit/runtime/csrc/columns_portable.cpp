@@ -1,5 +1,5 @@
 // Products that pass over inputs, for any processor: the reference of the others.
-#include "columns.h"
+#include "columns_packed.h"
 
 namespace sk {
 namespace {
@@ -11,6 +11,7 @@ struct V {
   static Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
   static Floats get(const float* p) { return *p; }
   static void put(float* p, Floats v) { *p = v; }
+  static float sum(Floats v) { return v; }
   template <int32_t Dtype>
   static Floats load(const void* p) {
     return to_float(p, Dtype, 0);
@@ -24,5 +25,5 @@ struct V {
 }  // namespace
 
 extern const ColumnKernels kColumnsPortable;
-const ColumnKernels kColumnsPortable = {generic_select, multiply<V>};
+const ColumnKernels kColumnsPortable = {generic_select, multiply<V>, generic_packed, rows<V>};
 }  // namespace sk

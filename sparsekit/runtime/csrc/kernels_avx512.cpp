@@ -1,11 +1,9 @@
 // AVX-512 with VBMI2; compiled a second time with SK_WITH_BF16 for processors that have vdpbf16ps.
 //
-// Two facts of these processors shape the code. vpexpandw/b waits for its destination register even when it zeroes
-// what it does not write, and its memory form is slow: so values are loaded and expanded in place. And one core does
+// Two facts of these processors shape the code: values are expanded in registers (expand_avx512.h), and one core does
 // not keep enough cache misses in flight by itself: so every stream is prefetched some kilobytes ahead, as many lines
 // per step as the block's density consumes, no more.
-#include <immintrin.h>
-
+#include "expand_avx512.h"
 #include "generic.h"
 
 namespace sk {
@@ -19,23 +17,6 @@ constexpr bool kHasPairs = false;
 inline __m512 dot(__m512 sum, __m512i, __m512i) { return sum; }
 #endif
 
-inline __m512i expand16(const void* p, uint32_t mask) {
-  __m512i v = _mm512_loadu_si512(p);
-  __mmask32 k = mask;
-  asm("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(k));
-  return v;
-}
-inline __m512i expand8(__m512i v, uint64_t mask) {
-  __mmask64 k = mask;
-  asm("vpexpandb %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(k));
-  return v;
-}
-inline __m512 expand32(const void* p, uint32_t mask) {
-  __m512i v = _mm512_loadu_si512(p);
-  __mmask16 k = __mmask16(mask);
-  asm("vpexpandd %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(k));
-  return _mm512_castsi512_ps(v);
-}
 // Sums live in registers only if the compiler inlines what adds to them and knows which of them it is.
 #define SK_INLINE __attribute__((always_inline))
 template <int N>
@@ -48,11 +29,6 @@ inline void prefetch(const uint8_t* p) {
 #pragma GCC unroll 8
   for (int i = 0; i < Lines; ++i) _mm_prefetch(reinterpret_cast<const char*>(p) + 64 * i, _MM_HINT_T0);
 }
-inline __m512 even(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
-inline __m512 odd(__m512i pairs) {
-  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
-}
-
 #ifndef SK_AHEAD
 #define SK_AHEAD 4096
 #endif

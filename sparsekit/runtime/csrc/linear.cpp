@@ -28,13 +28,8 @@ void interleave(T* out, int64_t steps, int64_t tokens, int64_t tile, int64_t beg
   }
 }
 
-struct Prepared {
-  Input input;
-  int64_t steps, tile;
-  bool pairs;
-};
+}  // namespace
 
-// Steps are column pairs or columns, padded with zeros to whole groups of four columns.
 bool prepare(const sk_call& call, int64_t cols, int64_t first, int64_t tokens, int64_t tile, bool pairs,
              Prepared& out) {
   const int64_t width = round_up(cols, 4), steps = pairs ? width / 2 : width;
@@ -69,6 +64,8 @@ bool prepare(const sk_call& call, int64_t cols, int64_t first, int64_t tokens, i
   for_each(tokens > 64 ? call.threads : 1, tiles, 1, work);
   return true;
 }
+
+namespace {
 
 float activation(const Input& x, int64_t column, int64_t token) {
   if (x.floats) return x.floats[column * x.tokens + token];

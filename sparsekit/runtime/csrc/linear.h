@@ -9,6 +9,16 @@ namespace sk {
 // Few tokens with int8 or int4: multiplies integers while it decodes.
 int linear_quantised(const Kernels& k, const sk_call& call, const View& w);
 
+struct Prepared {  // activations as the kernels read them
+  Input input;
+  int64_t steps, tile;
+  bool pairs;
+};
+
+// Tokens [first, first + tokens) of a call, in tiles of at most `tile`, in memory of this thread that the next call takes
+// again. Steps are column pairs or columns, padded with zeros to whole groups of four columns. False: no memory.
+bool prepare(const sk_call& call, int64_t cols, int64_t first, int64_t tokens, int64_t tile, bool pairs, Prepared& out);
+
 namespace {
 
 // Memory that a thread keeps between calls.

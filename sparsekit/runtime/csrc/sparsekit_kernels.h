@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define SK_ABI_VERSION 4
+#define SK_ABI_VERSION 5
 #define SK_TAIL 64 /* zero bytes behind every stream of a packed buffer; kernels may read them */
 
 enum sk_status {
@@ -142,6 +142,19 @@ SK_API int sk_dense(const sk_call* call, const void* weight, int64_t rows, int64
 #define SK_COLUMN_TOKENS 4
 SK_API int sk_columns(const sk_call* call, const void* weight, int64_t rows, int64_t cols, int32_t w_dtype,
                       const float* thresholds, int64_t count);
+/* The same with a bf16 weight whose zeros are passed over too, in a buffer of its own: a weight is stored unless all its
+   bits are 0. sk_columns_pack makes it of dense [cols][rows], sk_columns_bytes is its size (-1: a bad argument, too
+   large, or no memory) and sk_columns_unpack gives dense back bit for bit. Only sk_columns_unpack proves
+   all of a buffer, the others check its header: SK_BAD_PACKED. Info: rows, columns, values. */
+SK_API int64_t sk_columns_bytes(const void* dense, int64_t rows, int64_t cols, int threads);
+SK_API int sk_columns_pack(const void* dense, int64_t rows, int64_t cols, void* out, int64_t out_bytes, int threads);
+SK_API int sk_columns_unpack(const void* packed, int64_t bytes, void* dense, int threads);
+SK_API int sk_columns_info(const void* packed, int64_t bytes, int64_t info[3]);
+SK_API int sk_columns_packed(const sk_call* call, const float* thresholds, int64_t count);
+/* Up to SK_COLUMN_TOKENS tokens times the rows of a plain row-major weight [rows, cols] that some token keeps: keep
+   [tokens][keep_stride], not 0 = kept. Where a token does not keep a row its result is 0, without bias. */
+SK_API int sk_rows(const sk_call* call, const void* weight, int64_t rows, int64_t cols, int32_t w_dtype,
+                   const uint8_t* keep, int64_t keep_stride);
 /* sums [cols, cols] float64 += X^T X of bf16 inputs x [tokens, cols], on and above the diagonal; below it nothing has a
    meaning. Products are exact; sums of up to 512 tokens are float32. SK_UNSUPPORTED where no instruction set in use
    multiplies bf16 faster than floats. */
@@ -151,7 +164,7 @@ SK_API uint64_t sk_read(const void* data, int64_t bytes, int threads);
 
 /* Registers the CPU kernels of the torch operators sparsekit::linear_* (whose schemas exist already) through
    libtorch's stable C interface. `addresses` are those of sk_torch_symbol(0 .. count - 1) in the libtorch that is
-   loaded, `dtypes` its numbers of bf16, fp16 and fp32, `torch_version` its version as it encodes it. */
+   loaded, `dtypes` its numbers of bf16, fp16, fp32, u8 and bool, `torch_version` its version as it encodes it. */
 SK_API const char* sk_torch_symbol(int index);
 SK_API int sk_torch_register(void* const* addresses, int count, const int32_t* dtypes, uint64_t torch_version);
 /* The same for the operators that pass over inputs, after sk_torch_register. */

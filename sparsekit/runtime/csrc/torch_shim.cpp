@@ -6,7 +6,7 @@
 namespace sk {
 
 Torch torch;
-int32_t dtypes[3];
+int32_t dtypes[5];
 
 namespace {
 

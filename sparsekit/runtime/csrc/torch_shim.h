@@ -28,7 +28,7 @@ struct Torch {  // in the order of sk_torch_symbol
   Error (*implement)(void*, const char*, void (*)(uint64_t*, uint64_t, uint64_t), uint64_t);
 };
 extern Torch torch;
-extern int32_t dtypes[3];  // torch's numbers of SK_BF16, SK_F16, SK_F32
+extern int32_t dtypes[5];  // torch's numbers of SK_BF16, SK_F16, SK_F32, u8 and bool
 
 namespace {
 
@@ -42,6 +42,7 @@ struct Argument {
   Handle handle = nullptr;
   int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
   int32_t dtype = -1;
+  bool bytes = false;  // u8 or bool
   char* data = nullptr;
 
   explicit Argument(Handle h) : handle(h) {
@@ -56,6 +57,7 @@ struct Argument {
     data = static_cast<char*>(p);
     for (int i = 0; i < 3; ++i)
       if (dtypes[i] == number) dtype = i;
+    bytes = number == dtypes[3] || number == dtypes[4];
   }
   Argument(const Argument&) = delete;
   Argument& operator=(const Argument&) = delete;
