@@ -8,13 +8,13 @@ itself: both call the same forward.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsekit.checkpoint.source import SIDECAR
 from sparsekit.errors import CheckpointError, UsageError
@@ -24,7 +24,7 @@ from sparsekit.models.gate_files import GateFile, read_gate_file
 from sparsekit.models.gates import Gated, Placed, Scope, Threshold, TopK, install
 from sparsekit.models.linears import is_experts, projections
 from sparsekit.runtime import native
-from sparsekit.runtime.columns import kernel_forwards
+from sparsekit.runtime.columns import skipping
 from sparsekit.runtime.dense import use_streaming
 
 _ATTRIBUTE = "sparsekit_gates"
@@ -93,19 +93,20 @@ def attach(model: Any, file: GateFile, *, kernels: bool, where: str = "gates") -
     modules = {name: _module(model, name, placed, where) for name, placed in file.gates.items()}
     experts = {name: module for name, module in modules.items() if is_experts(module)}
     state = Attached(file, scope, frozenset(), [])
-    fast: Mapping[str, Callable[..., Tensor]] = {}
     if kernels and native.available():
         use_streaming(model)
-        fast = kernel_forwards({name: modules[name] for name in modules.keys() - experts.keys()}, file, scope)
+        plain = {name: module for name, module in modules.items() if name not in experts}
+        found = list(skipping(model, plain, file, scope))
+        state.kernels = frozenset(each.signal for each in found)
+        state.undo += [install(each.module, each.forward) for each in found]
         leave_files(model)
         release_freed()
-    state.kernels = frozenset(fast)
     for name, module in modules.items():
         if name in experts:
             parameter = name.rpartition(".")[2]
             state.undo.append(install_expert_gate(module, parameter, file.gates[name], scope))
-            continue
-        state.undo.append(install(module, fast.get(name) or Gated(module, file.gates[name], scope)))
+        elif name not in state.kernels:
+            state.undo.append(install(module, Gated(module, file.gates[name], scope)))
     _follow_calls(model, state)
     setattr(model, _ATTRIBUTE, state)
 

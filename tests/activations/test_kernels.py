@@ -93,3 +93,55 @@ def test_a_signal_that_loses_little_is_multiplied_as_it_is(tmp_path):
     thin(folder, tmp_path / "out", "teal-25", *sets, "calibration.samples=40")
     found = gates.describe(load(tmp_path / "out", packed=True))
     assert len(found.kernels) < len(found.file.gates)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "qwen3"])
+@pytest.mark.parametrize("recipe", ["cats-50", "chess-50"])
+def test_neurons_whose_gate_is_dropped_are_not_computed(family, recipe, tmp_path, monkeypatch):
+    from sparsekit.runtime import columns
+
+    folder = tiny.save(family, tmp_path / "model")
+    thin(folder, tmp_path / "out", recipe, *SETS, "stages.0.min_coverage=0")
+    plain, fast = load(tmp_path / "out"), load(tmp_path / "out", packed=True)
+    kept, inner = [], columns.linear_rows
+
+    def counting(x, weight, bias, keep):
+        kept.append(float(keep.float().mean()))
+        return inner(x, weight, bias, keep)
+
+    monkeypatch.setattr(columns, "linear_rows", counting)
+    (ids, logits), (ids_, logits_) = generated(plain, 2), generated(fast, 2)
+    assert torch.equal(ids, ids_)
+    torch.testing.assert_close(logits_, logits, atol=1e-3, rtol=1e-3)
+    assert len(kept) == (0 if family == "phi3" else 9 * 3)  # gate and up in one are computed in one
+    assert all(0.2 < share < 0.8 for share in kept)
+
+
+def test_zero_weights_and_small_inputs_are_skipped_together(tmp_path, monkeypatch):
+    from sparsekit.runtime import columns
+
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
+    folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16, **wide)
+    sets = ("stages.1.allocate=uniform", "stages.1.tolerance=0.05", "stages.1.sparsity=0.6")
+    thin(folder, tmp_path / "out", "wanda-50-teal-40", *sets)
+    plain, fast = load(tmp_path / "out"), load(tmp_path / "out", packed=True)
+    calls, inner = [], columns.linear_columns_packed
+
+    def counting(x, *rest):
+        calls.append(x.shape)
+        return inner(x, *rest)
+
+    monkeypatch.setattr(columns, "linear_columns_packed", counting)
+    assert gates.describe(fast).kernels == frozenset(gates.describe(fast).file.gates)
+    ids = tiny.ids(1, 8)
+    with torch.no_grad():
+        first, first_ = plain(ids, use_cache=True), fast(ids, use_cache=True)
+        for model in (plain, fast):
+            gates.describe(model).scope.generating = True
+        step, step_ = (
+            model(ids[:, :1], past_key_values=each.past_key_values, use_cache=True).logits
+            for model, each in ((plain, first), (fast, first_))
+        )
+    assert len(calls) == 21
+    scale = float(step.abs().max())
+    torch.testing.assert_close(step_.float() / scale, step.float() / scale, atol=5e-2, rtol=0)
