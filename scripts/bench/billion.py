@@ -1,6 +1,7 @@
 """A Llama of a billion parameters with random weights: TinyLlama-1.1B's shape, as a transformers folder and as GGUF.
 
 billion.py dense FOLDER
+billion.py letters FOLDER         the same with a tokenizer of single letters: some text has to go through it
 billion.py gguf FOLDER FILE
 billion.py compare FOLDER LOGITS PROMPT_TOKENS    prints the relative error of llamacpp_job.py's logits
 """
@@ -49,6 +50,20 @@ def write_dense(folder: Path) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     LlamaForCausalLM(CONFIG).save_pretrained(folder)
+
+
+def write_letters(folder: Path) -> None:
+    """Write the dense model with a tokenizer of single letters; the folder appears when it is whole."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    half = folder.with_name("unfinished")
+    write_dense(half)
+    letters = {"<unk>": 0, **{chr(code): code for code in range(32, 127)}}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(half)
+    half.rename(folder)
 
 
 def gguf_name(name: str) -> str:
@@ -113,6 +128,8 @@ def main() -> None:
     command, folder, *rest = sys.argv[1:]
     if command == "dense":
         write_dense(Path(folder))
+    elif command == "letters":
+        write_letters(Path(folder))
     elif command == "gguf":
         write_gguf(Path(folder), Path(rest[0]))
     else:

@@ -63,7 +63,8 @@ class GatedColumns(Gated):
         super().__init__(module, placed, scope)
         self.module: Any = module
         self.packed = packed
-        self.width: int = self.module.weight.shape[0] if isinstance(module, Conv1D) else self.module.in_features
+        width: Any = module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features
+        self.width = int(width)
         self.threshold = placed.gate.t if isinstance(placed.gate, Threshold) else _NOTHING
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
