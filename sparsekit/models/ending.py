@@ -21,6 +21,8 @@ def losses_behind(model: LazyModel, samples: Tensor, hidden: Sequence[Tensor]) -
         samples: ids [samples, sequence_length].
         hidden: What leaves the last block, [..., sequence_length, hidden] per sample.
     """
+    if not len(samples):  # of fewer samples than ranks
+        return torch.zeros(0, dtype=torch.float64)
     model.load_outer()
     model.load_block(0)
     template = return_template(model, samples[:1, :8])

@@ -122,6 +122,13 @@ description: a narrower stream
 stages:
   - {stage: reshape, method: slicegpt, width: 0.25, rotation: %s, allow_growth: true}
 """
+THINNED = """
+sparsekit: 1
+name: thinned
+description: small inputs are skipped
+stages:
+  - {stage: activations, method: wina, sparsity: 0.5, tolerance: 0.2}
+"""
 CASES = {
     "wanda": ("llama", "wanda-50", FIVE),
     "gradients": ("llama", "mfac-50", settings("stages.0.samples=3", "stages.0.sequence_length=32")),
@@ -134,11 +141,12 @@ CASES = {
     "modular": ("llama", MODULAR, FIVE),
     "sliced": ("llama", SLICED % "global", FIVE),
     "sliced by block": ("llama", SLICED % "per_block", FIVE),
+    "activations": ("qwen3_moe", THINNED, settings("calibration.samples=7")),
     "two stages and a null": ("llama", TWO_STAGES, [*FIVE, "--nulls", "random"]),
 }
 
 
-@pytest.mark.parametrize(("case", "size"), zip(CASES, [2, 3, 2, 2, 3, 2, 2, 2, 2, 2, 3, 2], strict=True))
+@pytest.mark.parametrize(("case", "size"), zip(CASES, [2, 3, 2, 2, 3, 2, 2, 2, 2, 2, 3, 2, 2], strict=True))
 def test_any_number_of_ranks_makes_the_same_checkpoint(case, size, nursery, models, tmp_path):
     family, recipe, more = CASES[case]
     if "stages" in recipe:
