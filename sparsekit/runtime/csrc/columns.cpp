@@ -1,13 +1,16 @@
 // y = x weight^T + bias without the inputs that count for nothing: chooses them once, shares the outputs out.
+#include <atomic>
+#include <new>
+
 #include "columns_packed.h"
 #include "linear.h"
 
 namespace sk {
 namespace {
 
-constexpr int64_t kMostOutputs = 2048;  // of a panel: its sums stay in the first-level cache while the columns pass
+constexpr int64_t kParts = 4;  // sets that the kept columns are divided in, whatever the number of threads
 
-thread_local Scratch selected;
+thread_local Scratch selected, partial;
 
 bool sound_columns(const sk_call& call, int64_t rows, int64_t cols, const float* thresholds, int64_t count) {
   if (rows < 0 || cols < 0 || cols > INT32_MAX || !sound(call, rows, cols)) return false;
@@ -26,18 +29,40 @@ bool select(const Kernels& k, const sk_call& call, int64_t cols, const float* th
   return true;
 }
 
-// Panels of `panel` outputs: multiply(p, from, to, sums [tokens][kMostOutputs]) and the result.
+// One set of columns, as if they were all.
+Kept part(const Kept& kept, int64_t index) {
+  auto bound = [&](int64_t i) { return i == kParts ? kept.count : kept.count * i / kParts / kTogether * kTogether; };
+  const int64_t begin = bound(index);
+  return {kept.columns + begin, kept.values + begin, bound(index + 1) - begin, kept.ld, kept.tokens};
+}
+
+// What threads share are the columns of a panel, in kParts sets, rather than its outputs: the pieces that are read of a
+// column stay whole pages. Who ends the last set of a panel adds the sets up, in their order, and stores the result.
+// multiply(panel, from, to, columns, sums [tokens][kMostOutputs]); false if memory runs out.
 template <class Multiply>
-void share(const Kernels& k, const sk_call& call, int64_t rows, int64_t panel, Multiply multiply) {
+bool share(const Kernels& k, const sk_call& call, int64_t rows, const Kept& kept, Multiply multiply) {
+  const int64_t panels = ceil_div(rows, kMostOutputs), size = call.tokens * kMostOutputs;
+  float* memory = static_cast<float*>(partial.need(panels * (kParts * size * 4 + 64)));
+  if (!memory) return false;
+  auto* ended = reinterpret_cast<std::atomic<int>*>(memory + panels * kParts * size);
+  for (int64_t p = 0; p < panels; ++p) new (ended + p) std::atomic<int>(0);
   auto work = [&](int64_t begin, int64_t end, int) {
-    alignas(64) float sums[SK_COLUMN_TOKENS][kMostOutputs];
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t from = p * panel, to = from + panel < rows ? from + panel : rows;
-      multiply(p, from, to, sums[0]);
-      for (int64_t t = 0; t < call.tokens; ++t) store(k, call, t, from, to - from, sums[t]);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t p = i / kParts, from = p * kMostOutputs;
+      const int64_t to = from + kMostOutputs < rows ? from + kMostOutputs : rows;
+      float* sums = memory + p * kParts * size;
+      multiply(p, from, to, part(kept, i % kParts), sums + i % kParts * size);
+      if (ended[p].fetch_add(1, std::memory_order_acq_rel) + 1 < kParts) continue;
+      for (int64_t t = 0; t < call.tokens; ++t) {
+        float* all = sums + t * kMostOutputs;
+        for (int64_t s = 1; s < kParts; ++s)
+          for (int64_t j = 0; j < to - from; ++j) all[j] += all[s * size + j];
+        store(k, call, t, from, to - from, all);
+      }
     }
   };
-  for_each(call.threads, ceil_div(rows, panel), 1, work);
+  for_each(call.threads, panels * kParts, 1, work);
+  return true;
 }
 
 }  // namespace
@@ -52,13 +77,10 @@ int sk_columns(const sk_call* call, const void* weight, int64_t rows, int64_t co
   const sk::Kernels& k = sk::kernels();
   sk::Kept kept;
   if (!sk::select(k, *call, cols, thresholds, count, kept)) return SK_NO_MEMORY;
-  // As many panels for each thread, as wide as they can be: the longer the pieces of a column, the faster their read.
-  const int64_t panels = sk::round_up(sk::ceil_div(rows, sk::kMostOutputs), call->threads);
-  const int64_t panel = sk::round_up(sk::ceil_div(rows, panels), 64);
-  sk::share(k, *call, rows, panel, [&](int64_t, int64_t from, int64_t to, float* sums) {
-    k.columns->multiply(weight, w_dtype, rows, kept, from, to, sums, sk::kMostOutputs);
-  });
-  return SK_OK;
+  auto multiply = [&](int64_t, int64_t from, int64_t to, const sk::Kept& part, float* sums) {
+    k.columns->multiply(weight, w_dtype, rows, part, from, to, sums, sk::kMostOutputs);
+  };
+  return sk::share(k, *call, rows, kept, multiply) ? SK_OK : SK_NO_MEMORY;
 }
 
 int sk_columns_packed(const sk_call* call, const float* thresholds, int64_t count) {
@@ -71,9 +93,9 @@ int sk_columns_packed(const sk_call* call, const float* thresholds, int64_t coun
   const sk::Kernels& k = sk::kernels();
   sk::Kept kept;
   if (!sk::select(k, *call, w.cols, thresholds, count, kept)) return SK_NO_MEMORY;
-  sk::share(k, *call, w.rows, w.panel, [&](int64_t p, int64_t, int64_t, float* sums) {
-    k.columns->packed(w, kept, p, sums, sk::kMostOutputs);
-  });
-  return SK_OK;
+  auto multiply = [&](int64_t p, int64_t, int64_t, const sk::Kept& part, float* sums) {
+    k.columns->packed(w, part, p, sums, sk::kMostOutputs);
+  };
+  return sk::share(k, *call, w.rows, kept, multiply) ? SK_OK : SK_NO_MEMORY;
 }
 }

@@ -12,6 +12,9 @@
 
 namespace sk {
 
+// Outputs that are multiplied by all columns before the next: their sums stay in the first-level cache meanwhile.
+constexpr int64_t kMostOutputs = 2048;
+
 struct Inputs {  // activations of one call and what decides about them
   const char* x;  // [tokens][stride]
   int64_t stride, tokens, cols;

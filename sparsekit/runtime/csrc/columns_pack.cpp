@@ -8,14 +8,6 @@
 namespace sk {
 namespace {
 
-constexpr int64_t kMostOutputs = 2048;  // of a panel: what the kernels keep sums of
-constexpr int64_t kShares = 4;          // panels come in multiples of it, so that two or four threads have as many each
-
-int64_t panel_outputs(int64_t rows) {
-  const int64_t panels = round_up(ceil_div(rows > 0 ? rows : 1, kMostOutputs), kShares);
-  return round_up(ceil_div(rows > 0 ? rows : 1, panels), 64);
-}
-
 int64_t records_at(int64_t panels, int64_t cols) {
   return round_up(int64_t(sizeof(ColumnsHeader)) + 4 * (panels * cols + 1), kRecordLine);
 }
@@ -27,7 +19,7 @@ bool known_shape(const void* dense, int64_t rows, int64_t cols) {
 // Where the records of dense [cols][rows] begin, in lines, and how many values there are; false if that is too far.
 bool measure(const uint16_t* dense, int64_t rows, int64_t cols, int threads, std::vector<uint32_t>& starts,
              int64_t& nnz) {
-  const int64_t panel = panel_outputs(rows), panels = ceil_div(rows, panel);
+  const int64_t panel = kMostOutputs, panels = ceil_div(rows, panel);
   starts.assign(size_t(panels * cols + 1), 0);
   std::vector<int64_t> counts(size_t(panels * cols));
   auto work = [&](int64_t begin, int64_t end, int) {
@@ -75,7 +67,7 @@ void write_record(const uint16_t* from, int64_t outputs, uint8_t* to) {
 bool proven_record(const PackedColumns& w, int64_t i, int64_t& count) {
   const int64_t outputs = outputs_of(w, i / w.cols), words = mask_words(outputs);
   const int64_t room = (int64_t(w.starts[i + 1]) - int64_t(w.starts[i])) * kRecordLine;
-  if (room < 4 * words || w.starts[i + 1] > w.starts[ceil_div(w.rows, w.panel) * w.cols]) return false;
+  if (room < 4 * words || w.starts[i + 1] > w.starts[ceil_div(w.rows, kMostOutputs) * w.cols]) return false;
   const uint8_t* record = w.records + int64_t(w.starts[i]) * kRecordLine;
   int64_t here = 0;
   for (int64_t j = 0; j < words; ++j) here += __builtin_popcount(load<uint32_t>(record + 4 * j));
@@ -95,22 +87,22 @@ bool proven(const PackedColumns& w, int threads) {
       if (!proven_record(w, i, here)) good = false;
     count += here;
   };
-  for_each(threads, ceil_div(w.rows, w.panel) * w.cols, 256, work);
+  for_each(threads, ceil_div(w.rows, kMostOutputs) * w.cols, 256, work);
   return good && count == w.nnz;
 }
 
 }  // namespace
 
 int parse_columns(const void* packed, int64_t bytes, PackedColumns* columns) {
-  if (!packed || bytes < int64_t(sizeof(ColumnsHeader)) || reinterpret_cast<uintptr_t>(packed) % 8) return SK_BAD_PACKED;
+  if (!packed || reinterpret_cast<uintptr_t>(packed) % 8) return SK_BAD_PACKED;
+  if (bytes < int64_t(sizeof(ColumnsHeader))) return SK_BAD_PACKED;
   const ColumnsHeader& h = *static_cast<const ColumnsHeader*>(packed);
   if (memcmp(h.magic, "SKCOLS01", 8) != 0 || h.bytes != bytes || !known_shape(packed, h.rows, h.cols))
     return SK_BAD_PACKED;
-  if (h.panel != panel_outputs(h.rows)) return SK_BAD_PACKED;
-  const int64_t panels = ceil_div(h.rows, h.panel), first = records_at(panels, h.cols);
+  const int64_t panels = ceil_div(h.rows, kMostOutputs), first = records_at(panels, h.cols);
   if (first + SK_TAIL > bytes) return SK_BAD_PACKED;
   const uint8_t* base = static_cast<const uint8_t*>(packed);
-  *columns = {h.rows, h.cols, h.nnz, h.panel, reinterpret_cast<const uint32_t*>(base + sizeof h), base + first};
+  *columns = {h.rows, h.cols, h.nnz, reinterpret_cast<const uint32_t*>(base + sizeof h), base + first};
   const int64_t last = columns->starts[panels * h.cols];
   return first + last * kRecordLine + SK_TAIL == bytes ? SK_OK : SK_BAD_PACKED;
 }
@@ -124,7 +116,7 @@ int64_t sk_columns_bytes(const void* dense, int64_t rows, int64_t cols, int thre
     std::vector<uint32_t> starts;
     int64_t nnz;
     if (!sk::measure(static_cast<const uint16_t*>(dense), rows, cols, threads, starts, nnz)) return -1;
-    return sk::size_of(starts, sk::ceil_div(rows, sk::panel_outputs(rows)), cols);
+    return sk::size_of(starts, sk::ceil_div(rows, sk::kMostOutputs), cols);
   } catch (...) {
     return -1;
   }
@@ -137,11 +129,11 @@ int sk_columns_pack(const void* dense, int64_t rows, int64_t cols, void* out, in
     int64_t nnz;
     const uint16_t* from = static_cast<const uint16_t*>(dense);
     if (!sk::measure(from, rows, cols, threads, starts, nnz)) return SK_UNSUPPORTED;
-    const int64_t panel = sk::panel_outputs(rows), panels = sk::ceil_div(rows, panel);
+    const int64_t panel = sk::kMostOutputs, panels = sk::ceil_div(rows, panel);
     if (out_bytes != sk::size_of(starts, panels, cols)) return SK_BAD_ARGUMENT;
     uint8_t* to = static_cast<uint8_t*>(out);
     memset(to, 0, size_t(out_bytes));
-    const sk::ColumnsHeader header = {{'S', 'K', 'C', 'O', 'L', 'S', '0', '1'}, rows, cols, nnz, panel, out_bytes, {}};
+    const sk::ColumnsHeader header = {{'S', 'K', 'C', 'O', 'L', 'S', '0', '1'}, rows, cols, nnz, out_bytes, {}};
     memcpy(to, &header, sizeof header);
     memcpy(to + sizeof header, starts.data(), 4 * starts.size());
     uint8_t* records = to + sk::records_at(panels, cols);
@@ -179,9 +171,11 @@ int sk_columns_unpack(const void* packed, int64_t bytes, void* dense, int thread
   auto work = [&](int64_t begin, int64_t end, int) {
     for (int64_t c = begin; c < end; ++c) {
       memset(to + c * w.rows, 0, size_t(2 * w.rows));
-      for (int64_t p = 0; p * w.panel < w.rows; ++p)
+      for (int64_t p = 0; p * sk::kMostOutputs < w.rows; ++p)
         sk::visit_record(sk::record(w, p, c), sk::mask_words(sk::outputs_of(w, p)),
-                         [&](int64_t output, uint16_t value) { to[c * w.rows + p * w.panel + output] = value; });
+                         [&](int64_t output, uint16_t value) {
+                           to[c * w.rows + p * sk::kMostOutputs + output] = value;
+                         });
     }
   };
   sk::for_each(threads, w.cols, 16, work);

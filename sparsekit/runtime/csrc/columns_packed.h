@@ -1,6 +1,6 @@
 // A bf16 weight with holes, column by column: zero weights and small inputs are both passed over.
 //
-// Outputs are divided in panels, which threads share. In a panel each column is a record that begins on a cache line:
+// Outputs are divided in panels of kMostOutputs. In a panel each column is a record that begins on a cache line:
 // mask words of 32 outputs, an even number of them, then the column's values. Bit 2 i + h of a word stands for output
 // 16 h + i of its 32, so that values put in their places, taken as pairs, are outputs 0..15 and 16..31 in order.
 #pragma once
@@ -12,14 +12,13 @@ constexpr int64_t kRecordLine = 64;
 
 struct ColumnsHeader {  // at the start of the buffer, which is 8-byte aligned at least; starts and records follow
   char magic[8];
-  int64_t rows, cols, nnz, panel, bytes;
-  int64_t reserved[2];
+  int64_t rows, cols, nnz, bytes;
+  int64_t reserved[3];
 };
 static_assert(sizeof(ColumnsHeader) == 64, "header");
 
 struct PackedColumns {  // such a buffer, parsed
   int64_t rows, cols, nnz;
-  int64_t panel;           // outputs of a panel, a multiple of 64
   const uint32_t* starts;  // [panels * cols + 1], in lines from the first record on; ends the last one too
   const uint8_t* records;
 };
@@ -33,8 +32,8 @@ namespace {
 
 inline int64_t mask_words(int64_t outputs) { return ceil_div(outputs, 64) * 2; }
 inline int64_t outputs_of(const PackedColumns& w, int64_t panel) {
-  const int64_t left = w.rows - panel * w.panel;
-  return left < w.panel ? left : w.panel;
+  const int64_t left = w.rows - panel * kMostOutputs;
+  return left < kMostOutputs ? left : kMostOutputs;
 }
 inline const uint8_t* record(const PackedColumns& w, int64_t panel, int64_t column) {
   return w.records + int64_t(w.starts[panel * w.cols + column]) * kRecordLine;

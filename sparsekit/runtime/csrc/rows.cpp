@@ -50,7 +50,8 @@ extern "C" int sk_rows(const sk_call* call, const void* weight, int64_t rows, in
   const int64_t block = share < sk::kBlock ? share : sk::kBlock;
   auto work = [&](int64_t begin, int64_t end, int) {
     for (int64_t b = begin; b < end; ++b)
-      sk::multiply_block(k, *call, w, {keep, keep_stride}, x, b * block, (b + 1) * block < rows ? (b + 1) * block : rows);
+      sk::multiply_block(k, *call, w, {keep, keep_stride}, x, b * block,
+                         (b + 1) * block < rows ? (b + 1) * block : rows);
   };
   sk::for_each(call->threads, sk::ceil_div(rows, block), 1, work);
   return SK_OK;

@@ -83,8 +83,8 @@ void linear_rows(uint64_t* stack, uint64_t inputs, uint64_t outputs) {
   bool fits = keep.bytes && keep.dim == x.dim && keep.contiguous() && keep.sizes[keep.dim - 1] == rows;
   for (int64_t d = 0; fits && d < x.dim - 1; ++d) fits = keep.sizes[d] == x.sizes[d];
   if (!fits)
-    fail("keep must be contiguous bool or u8, " + std::to_string(rows) + " for each token of x " + list(x.sizes, x.dim) +
-         ", got " + (keep.bytes ? "" : "another dtype and ") + list(keep.sizes, keep.dim));
+    fail("keep must be contiguous bool or u8, " + std::to_string(rows) + " for each token of x " + list(x.sizes, x.dim)
+         + ", got " + (keep.bytes ? "" : "another dtype and ") + list(keep.sizes, keep.dim));
   Output y(x, rows);
   const sk_call call = product(input, bias, y, rows, cols);
   done(sk_rows(&call, weight.data, rows, cols, weight.dtype, reinterpret_cast<const uint8_t*>(keep.data), rows));
