@@ -52,6 +52,7 @@ def describe_thinned(model: LazyModel, plan: ActivationPlan, thinned: Thinned) -
         "signals": {
             site.name: {
                 "block": site.block,
+                "numel": site.numel,
                 "asked": thinned.levels[site.name],
                 **_dropped(thinned.held_out.dropped.get(site.name)),
             }
@@ -94,7 +95,7 @@ def _reading(reading: Reading) -> dict[str, Any]:
 
 def _dropped(stat: Dropped | None) -> dict[str, float]:
     if stat is None:
-        return {"achieved": 0.0}
+        return {"achieved": 0.0, "spread": 0.0, f"together_{TOGETHER}": 0.0}
     return {"achieved": stat.share, "spread": stat.spread, f"together_{TOGETHER}": stat.together}
 
 

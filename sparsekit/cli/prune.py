@@ -64,7 +64,7 @@ def prune(
     verbose: Verbose = 0,
     json: Json = False,
 ) -> None:
-    """Prune a model with a recipe and write a checkpoint that transformers loads."""
+    """Prune a model, or make its activations sparse, by a recipe; write a checkpoint that transformers loads."""
     from sparsekit.recipe.load import load_recipe
 
     ranks.join()
@@ -164,6 +164,8 @@ def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:
                 f"Averages: {stage['allocate']} looks at the model first, each linear's sparsity is its choice."
             )
         _show_search(stage["search"])
+    if plan["activations"]:
+        _show_activations(plan["activations"], plan["blocks"])
     cost: dict[str, Any] = plan["cost"]
     render.emit(f"memory  about {bytes_text(cost['memory_bytes'])}")
     render.emit(f"disk    {bytes_text(cost['disk_bytes'])}")
@@ -172,6 +174,22 @@ def _show_plan(prepared: Prepared, out: Path, *, as_json: bool) -> None:
     for name, more in plan["nulls"].items():
         render.emit(f"null    {name}: {_null_cost(more)}")
     render.emit(f"output  {plan['out']}")
+
+
+def _show_activations(said: dict[str, Any], blocks: int) -> None:
+    render.emit(
+        f"{said['method']}: {said['signals']} signals in {blocks} blocks, {said['coverage']:.1%} of the block weights"
+    )
+    render.emit(
+        render.table(["signal", "count"], [[each["kind"], f"{each['count']}"] for each in said["kinds"]], right=[1])
+    )
+    if said["budget"]:
+        wanted = f"as much as {said['budget']['perplexity']:+.2%} perplexity on text kept apart allows"
+    else:
+        wanted = f"{said['sparsity']:.4f} of what they are multiplied with, each token"
+    render.emit(f"skips   {wanted}")
+    render.emit(f"tokens  {said['protocol']}")
+    render.emit(f"shares  {said['allocate']}, thresholds taken behind {said['propagate']} blocks")
 
 
 def _show_search(search: dict[str, Any] | None) -> None:

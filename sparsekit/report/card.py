@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.recipe.load import dump_yaml
+from sparsekit.report.activations import asked, carries_over, kind_rows, skipped
 from sparsekit.report.errors import error_table
 from sparsekit.report.scores import ScoreTable, score_table
 from sparsekit.report.search import search_panels
-from sparsekit.report.summary import Summary, reshaped, summarise
-from sparsekit.report.text import Scrubber, is_hub_id, is_packed, number, percent
+from sparsekit.report.summary import Summary, pruned, reshaped, skips, summarise
+from sparsekit.report.text import Scrubber, is_hub_id, is_packed, number, percent, to_float
 from sparsekit.units import bytes_text, seconds_text
 
 README = "README.md"
-TAGS = ("sparsekit", "pruned", "sparse")
+SLOW = 0.4
+"""Share of the weights below which leaving them out is not expected to save time."""
 # What a source's card says about the source alone: its scores, its names, how it was made.
 _OF_THE_SOURCE_ALONE = ("model-index", "eval_results", "model_name", "base_model_relation", "new_version", "widget")
 _FRONT_MATTER = re.compile(r"\A(\ufeff?\s*---[ \t]*\r?\n)(.*?)(\r?\n---[ \t]*(\r?\n|\Z))", re.DOTALL)
@@ -102,7 +104,7 @@ def _front_matter(report: Mapping[str, Any], source: SourceCard) -> str:
         base_model=_base_model(report, source),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*dict.fromkeys([*tags, *TAGS, *sorted(_methods(report))])],
+        tags=[*dict.fromkeys([*tags, *_tags(report)])],
     )
     for key, value in data.items():
         card[key] = value
@@ -110,8 +112,12 @@ def _front_matter(report: Mapping[str, Any], source: SourceCard) -> str:
     return yaml
 
 
-def _methods(report: Mapping[str, Any]) -> set[str]:
-    return {str(stage["method"]) for stage in (*report.get("reshapes", ()), *report["stages"])}
+def _tags(report: Mapping[str, Any]) -> list[str]:
+    """Return the tags that are added to the source's."""
+    said = report.get("activations")
+    stages = [*report.get("reshapes", ()), *report["stages"], *([said] if said else [])]
+    kinds = [*(["pruned", "sparse"] if pruned(report) else []), *(["activation-sparsity"] if said else [])]
+    return ["sparsekit", *kinds, *sorted({str(stage["method"]) for stage in stages})]
 
 
 def _base_model(report: Mapping[str, Any], source: SourceCard) -> str | list[str] | None:
@@ -128,16 +134,18 @@ def _base_model(report: Mapping[str, Any], source: SourceCard) -> str | list[str
 def _body(report: Mapping[str, Any], source: SourceCard) -> str:
     summary, clean = summarise(report), scrubber(report)
     label = clean.text(report["model"]["label"])
-    pruned = bool(report["stages"])
+    how = "pruned with" if pruned(report) else "activation sparsity by"
+    said = report.get("activations")
     parts = [
-        f"# {escape(label)}, pruned with {escape(report['recipe']['name'])}",
+        f"# {escape(label)}, {how} {escape(report['recipe']['name'])}",
         _what(report, summary, label),
         "Made with this command:",
         fenced(_command(report, clean), "bash"),
         "## What it cost",
         _scores(report, clean),
         *[panel.verdict for panel in search_panels(report)],
-        *(["## What changed", _kinds(summary), _blocks(summary)] if pruned else []),
+        *(["## What is skipped", *_skipped(said)] if said else []),
+        *(["## What changed", _kinds(summary), _blocks(summary)] if report["stages"] else []),
         "## How to load",
         *_loading(report),
         "## Limits",
@@ -154,15 +162,23 @@ def _body(report: Mapping[str, Any], source: SourceCard) -> str:
 
 def _loading(report: Mapping[str, Any]) -> list[str]:
     if is_packed(report):
+        gates = " Its gates come with the weights." if report.get("activations") else ""
         return [
             fenced(f"import sparsekit  # lets transformers read packed weights\n{_LOAD}", "python"),
-            "Pruned weights are stored packed. Without sparsekit the folder does not load; `sparsekit convert` makes "
-            "it an ordinary checkpoint, bit for bit.",
+            f"Pruned weights are stored packed.{gates} Without sparsekit the folder does not load; `sparsekit convert` "
+            "makes it an ordinary checkpoint, bit for bit.",
         ]
+    ordinary = "The folder is an ordinary Hugging Face checkpoint"
+    if report["stages"]:
+        ordinary += ": pruned weights are stored as zeros in dense tensors"
+    elif report.get("reshapes"):
+        ordinary += "; only where its weights are called `sparsekit_model` do they need `import sparsekit` first"
+    if not report.get("activations"):
+        return [fenced(_LOAD, "python"), f"{ordinary}."]
     return [
-        fenced(_LOAD, "python"),
-        "The folder is an ordinary Hugging Face checkpoint"
-        + (": pruned weights are stored as zeros in dense tensors." if report["stages"] else "."),
+        fenced(_LOAD_GATED, "python"),
+        f"{ordinary}. Plain `from_pretrained` runs it dense: only `sparsekit.load`, `sparsekit generate` and "
+        "`sparsekit eval` read the thresholds beside the weights and skip what lies below them.",
     ]
 
 
@@ -171,6 +187,30 @@ _LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # this folder, or its id on the Hub
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder)"""
+
+_LOAD_GATED = """import sparsekit
+from transformers import AutoTokenizer
+
+folder = "."  # this folder, or its id on the Hub
+model = sparsekit.load(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)"""
+
+
+def _skipped(said: Mapping[str, Any]) -> list[str]:
+    """Return what an activation stage skips, with the tokens it does so for beside the numbers."""
+    readings = [("calibration text kept apart", said["held_out"]), *said["other_text"].items()]
+    texts = [
+        [escape(name), f"{of['tokens']:,}", percent(of["sparsity"]), number(to_float(of["perplexity_ratio"]))]
+        for name, of in readings
+    ]
+    rows = [[code(kind) if kind != "all" else kind, *cells] for kind, *cells in kind_rows(said)]
+    return [
+        f"{asked(said)} {skipped(said)} Thinned out: {said['protocol']}.",
+        table(["text", "tokens", "sparsity", "perplexity, times dense"], texts),
+        *carries_over(said),
+        "Asked for and achieved on the text kept apart, by kind of signal; spread over tokens, and what eight tokens "
+        f"in a row drop together.\n\n{table(['signal', 'count', 'asked', 'achieved', 'spread', 'shared by 8'], rows)}",
+    ]
 
 
 def _overrides(stage: Mapping[str, Any]) -> str:
@@ -195,7 +235,8 @@ def _what(report: Mapping[str, Any], summary: Summary, label: str) -> str:
             f"Calibration text: {escape(scrubber(report).text(calibration['source']))}, {calibration['samples']:,} x "
             f"{calibration['sequence_length']:,} tokens."
         )
-    parts = [f"This is {name}{revision}, made smaller after training, without retraining."]
+    done = "made smaller after training" if pruned(report) else "its activations made sparse after training"
+    parts = [f"This is {name}{revision}, {done}, without retraining."]
     if report.get("reshapes"):
         how = "; then ".join(f"{code(change['method'])}, {_plan(change['plan'])}" for change in report["reshapes"])
         parts.append(f"It has {reshaped(report)}: {how}.")
@@ -205,6 +246,12 @@ def _what(report: Mapping[str, Any], summary: Summary, label: str) -> str:
             f"{percent(summary.sparsity)} of the weights in {summary.with_zeros:,} matrices of its {blocks:,} blocks "
             f"are zero: {steps}. The pruned matrices hold {percent(summary.coverage)} of the block weights; "
             "embeddings, norms, routers and the output head were left as they were."
+        )
+    if said := report.get("activations"):
+        kept = "" if pruned(report) else " No weight was changed."
+        parts.append(
+            f"At run time it skips {percent(skips(report))} of the block weights per token by {code(said['method'])}: "
+            f"those that small activations would be multiplied with.{kept}"
         )
     return " ".join([*parts, text])
 
@@ -224,21 +271,26 @@ def _command(report: Mapping[str, Any], clean: Scrubber) -> str:
 def _scores(report: Mapping[str, Any], clean: Scrubber) -> str:
     found = score_table(clean.value(report["evaluation"]))
     if found is None:
-        return "The pruned model was not evaluated in this run. Measure it before you rely on it."
+        return f"The {_made(report)} model was not evaluated in this run. Measure it before you rely on it."
     missed = [f"- Quality gate missed: {escape(clean.text(text))}" for text in report["missed_gates"]]
-    return "\n".join([_score_rows(found), "", *(f"- {escape(note)}" for note in found.notes), *missed])
+    return "\n".join([_score_rows(found, _made(report)), "", *(f"- {escape(note)}" for note in found.notes), *missed])
 
 
-def _score_rows(found: ScoreTable) -> str:
+def _made(report: Mapping[str, Any]) -> str:
+    """Return what the model is called beside the one it was made from."""
+    return "pruned" if pruned(report) else "sparse"
+
+
+def _score_rows(found: ScoreTable, made: str) -> str:
     def name(index: int) -> str:
         better = found.rows[index].better
         return escape(found.rows[index].name) + (f" ({better} is better)" if better else "")
 
     rows = enumerate(found.rows)
     if not found.compared:
-        return table(["", "pruned"], [[name(index), row.pruned] for index, row in rows])
+        return table(["", made], [[name(index), row.pruned] for index, row in rows])
     return table(
-        ["", "base", "pruned", "difference"],
+        ["", "base", made, "difference"],
         [[name(index), row.base, row.pruned, row.difference] for index, row in rows],
     )
 
@@ -275,8 +327,14 @@ def _limits(report: Mapping[str, Any], summary: Summary) -> str:
     dense = "zeros in dense tensors take as much room as other numbers, and plain transformers computes with them at "
     lines = [
         f"{files}." if is_packed(report) or not report["stages"] else f"{files}: {dense}the same speed.",
-        "Fine-tuning, or merging an adapter, fills zeros again unless the mask is kept; `sparsekit inspect` shows it.",
     ]
+    if pruned(report):
+        lines.append(
+            "Fine-tuning, or merging an adapter, fills zeros again unless the mask is kept; `sparsekit inspect` shows "
+            "it."
+        )
+    if report.get("activations"):
+        lines += _activation_limits(report)
     if report["evaluation"]:
         lines.append(
             "Quality was measured on the text and tasks above only; other languages, domains and safety behaviour "
@@ -285,6 +343,19 @@ def _limits(report: Mapping[str, Any], summary: Summary) -> str:
     if report["stages"] and summary.coverage < 1:
         lines.append(f"{percent(1 - summary.coverage)} of the block weights stayed dense.")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _activation_limits(report: Mapping[str, Any]) -> list[str]:
+    share = skips(report)
+    little = f"; here it is {percent(share)}" if share < SLOW else ""
+    return [
+        "Thresholds belong to exactly these weights: after fine-tuning or merging an adapter, calibrate again.",
+        f"Time is saved when text is generated, one sequence at a time. No speed-up is expected below about {SLOW:.0%} "
+        f"skipped weights{little}, in batches (what one sequence skips another one needs), while a prompt is read, or "
+        "without the CPU kernels of sparsekit.",
+        f"What was measured holds for this protocol: {report['activations']['protocol']}. Multi-step reasoning is "
+        "known to suffer first: measure with tasks that generate text, not by perplexity alone.",
+    ]
 
 
 def _versions(report: Mapping[str, Any]) -> str:

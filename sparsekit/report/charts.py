@@ -67,16 +67,25 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class LineChart:
-    """The mean of a block's linears, and the range from the least to the greatest, against blocks."""
+    """A quantity against blocks, or generations of a search.
 
-    measure: str
+    Attributes:
+        title: What is drawn.
+        height: In SVG units.
+        line, points: The values, as points of a polyline and each with its words.
+        ticks, columns: Numbers of the axes.
+        band: Range of what a value is the mean of, as a polygon; empty where it is one number.
+        marks: What the values are compared with, as short lines; empty without any.
+    """
+
     title: str
     height: float
     line: str
-    band: str
     points: tuple[Cell, ...]
     ticks: tuple[Mark, ...]
     columns: tuple[Mark, ...]
+    band: str = ""
+    marks: tuple[Cell, ...] = ()
 
 
 def heat_map(summary: Summary, measure: str) -> HeatMap | None:
@@ -128,38 +137,49 @@ def line_chart(summary: Summary, measure: str) -> LineChart | None:
         for block, group in summary.by_block().items()
         if (mean := group.mean(measure)) is not None and (limits := group.range(measure)) is not None
     ]
-    if not known:
-        return None
-    ticks = axis(max(limits[1] for _, _, limits in known))
-    top = ticks[-1]
+    return block_chart(_TITLES[measure], known) if known else None
+
+
+def block_chart(
+    title: str,
+    known: Sequence[tuple[int, float, tuple[float, float]]],
+    marks: Sequence[float] = (),
+    marked: str = "",
+) -> LineChart:
+    """Return the chart of (block, mean, (least, greatest)).
+
+    Args:
+        title: What it shows.
+        known: One entry for each block that has a value.
+        marks: For each of them, what its mean is compared with.
+        marked: What the marks are.
+    """
+    ticks = axis(max([*(limits[1] for _, _, limits in known), *marks]))
     step = (WIDTH - LINE_LEFT - RIGHT) / len(known)
     xs = [LINE_LEFT + step * (i + 0.5) for i in range(len(known))]
 
     def y(value: float) -> float:
-        return round(10 + LINE_HEIGHT * (1 - value / top), 2)
+        return round(10 + LINE_HEIGHT * (1 - value / ticks[-1]), 2)
 
     upper = [f"{x:.1f},{y(limits[1])}" for x, (_, _, limits) in zip(xs, known, strict=True)]
     lower = [f"{x:.1f},{y(limits[0])}" for x, (_, _, limits) in zip(xs, known, strict=True)]
     points = [
-        Cell(
-            round(x, 1),
-            y(mean),
-            0,
-            0,
-            1,
-            f"block {block}: mean {number(mean)}, {number(limits[0])} to {number(limits[1])}",
-        )
-        for x, (block, mean, limits) in zip(xs, known, strict=True)
+        Cell(round(x, 1), y(mean), 0, 0, 1, f"block {block}: mean {number(mean)}, {number(low)} to {number(high)}")
+        for x, (block, mean, (low, high)) in zip(xs, known, strict=True)
     ]
+    half = min(step / 2 - 1, 14.0)
     return LineChart(
-        measure,
-        _TITLES[measure],
+        title,
         LINE_HEIGHT + 10 + _LABELS,
         " ".join(f"{point.x},{point.y}" for point in points),
-        " ".join([*upper, *reversed(lower)]),
         tuple(points),
         tuple(Mark(LINE_LEFT, y(tick), f"{tick:g}") for tick in ticks),
         _block_marks([block for block, _, _ in known], step, LINE_LEFT, LINE_HEIGHT + 28),
+        band=" ".join([*upper, *reversed(lower)]),
+        marks=tuple(
+            Cell(round(x - half, 1), y(mark), round(2 * half, 1), 0, 1, f"block {block}: {marked} {number(mark)}")
+            for x, mark, (block, _, _) in zip(xs, marks, known, strict=False)  # none, or one each
+        ),
     )
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from sparsekit.recipe.load import dump_yaml
 from sparsekit.report import charts
+from sparsekit.report.activations import activation_panel
 from sparsekit.report.card import hub_id, scrubber
 from sparsekit.report.errors import error_table
 from sparsekit.report.reshape import reshape_panels
 from sparsekit.report.scores import score_table
 from sparsekit.report.search import search_panels
-from sparsekit.report.summary import Summary, one_line, summarise
+from sparsekit.report.summary import Summary, one_line, pruned, skips, summarise
 from sparsekit.report.text import TIMES, Scrubber, is_packed, number, percent, short, to_float
 from sparsekit.units import bytes_text, seconds_text
 
@@ -40,6 +41,7 @@ def html_page(report: Mapping[str, Any]) -> str:
         description=report["recipe"].get("description") or "",
         one_line=one_line(report),
         tiles=_tiles(report, summary),
+        made="pruned" if pruned(report) else "sparse",
         scores=score_table(clean.value(report["evaluation"])),
         missed=clean.value(report["missed_gates"]),
         lines=[chart for chart in lines if chart],
@@ -47,6 +49,7 @@ def html_page(report: Mapping[str, Any]) -> str:
         width=charts.WIDTH,
         searches=search_panels(report),
         reshapes=reshape_panels(report),
+        activations=activation_panel(report),
         kinds_header=kinds_header,
         kinds=kinds,
         kinds_meaning=kinds_meaning,
@@ -77,18 +80,21 @@ def _tiles(report: Mapping[str, Any], summary: Summary) -> list[tuple[str, str, 
             f"{percent(summary.coverage)} of block weights"
         )
         tiles.append(("Zeros", percent(summary.sparsity), remark))
+    if said := report.get("activations"):
+        remark = f"of the block weights per token, by {said['method']}; {said['protocol'].partition(';')[0]}"
+        tiles.append(("Skipped", percent(skips(report)), remark))
     comparison = (report["evaluation"] or {}).get("comparison")
     if comparison:
-        base, pruned, ratio = (
+        base, ours, ratio = (
             to_float(value)
             for value in (comparison["baseline"]["perplexity"], comparison["model"]["perplexity"], comparison["ratio"])
         )
-        if base is not None and pruned is not None and ratio is not None:
+        if base is not None and ours is not None and ratio is not None:
             nulls = "".join(
                 f"; {null['name']} {TIMES}\N{NO-BREAK SPACE}{short(float(null['ratio']))}"
                 for null in report["evaluation"].get("nulls", [])
             )
-            remark = f"{short(base)} before, {short(pruned)} after{nulls}"
+            remark = f"{short(base)} before, {short(ours)} after{nulls}"
             tiles.append(("Perplexity", f"{TIMES} {short(ratio)}", remark))
     room = "" if is_packed(report) or not report["stages"] else "; zeros in dense tensors still take room"
     tiles.append(("Files", bytes_text(after), f"{bytes_text(before)} before{room}"))
@@ -151,6 +157,8 @@ def _facts(report: Mapping[str, Any], summary: Summary, clean: Scrubber) -> list
         facts.append((f"Stage {position}: {change['method']}", _reshape(change)))
     for position, stage in enumerate(report["stages"], len(changes)):
         facts.append((f"Stage {position}: {stage['method']}", _stage(stage)))
+    if said := report.get("activations"):
+        facts.append((f"Stage {len(report['recipe']['stages']) - 1}: {said['method']}", _activations(said)))
     return [*facts, ("Versions", list(report["tools"].items()))]
 
 
@@ -161,6 +169,25 @@ def _reshape(change: Mapping[str, Any]) -> list[tuple[str, str]]:
         *[(key, str(value)) for key, value in change["plan"].items()],
         ("blocks left", f"{change['blocks']:,}"),
         ("parameters", f"{change['parameters_after']:,} of {change['parameters_before']:,}"),
+    ]
+
+
+def _activations(said: Mapping[str, Any]) -> list[tuple[str, str]]:
+    options = ", ".join(f"{key} = {value}" for key, value in said["options"].items())
+    budget = [(f"budget: {key}", f"{value:+.2%}") for key, value in (said["budget"] or {}).items()]
+    return [
+        ("options", options or "none"),
+        *budget,
+        ("allocation", said["allocate"]),
+        ("thresholds taken behind", f"{said['propagate']} blocks"),
+        ("tokens", said["protocol"]),
+        ("sparsity asked", f"{said['found_sparsity']:.6f}"),
+        (
+            "sparsity achieved",
+            f"{said['held_out']['sparsity']:.6f} on {said['held_out']['tokens']:,} tokens kept apart",
+        ),
+        ("calibrations until it was met", f"{said['calibrations']:,}"),
+        ("coverage of block weights", percent(said["coverage"])),
     ]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from sparsekit.report.charts import LINE_HEIGHT, LINE_LEFT, RIGHT, WIDTH, Cell, Mark, axis
+from sparsekit.report.charts import LINE_HEIGHT, LINE_LEFT, RIGHT, WIDTH, Cell, LineChart, Mark, axis
 from sparsekit.report.text import number
 from sparsekit.search.verdict import verdict
 
@@ -22,21 +22,14 @@ class SearchPanel:
         name: The allocator.
         header, rows: Fitness of its result and of every null, and how far each is below one of them.
         verdict: What that means, in a sentence.
-        height: Of the curve, in SVG units of `charts.WIDTH`.
-        line: Best fitness by generation, points of a polyline; it falls in steps.
-        points: One for each generation that improved.
-        ticks, columns: Numbers of the axes.
+        chart: Best fitness by generation, which falls in steps, with a point for each generation that improved.
     """
 
     name: str
     header: list[str]
     rows: list[list[str]]
     verdict: str
-    height: float
-    line: str
-    points: tuple[Cell, ...]
-    ticks: tuple[Mark, ...]
-    columns: tuple[Mark, ...]
+    chart: LineChart
 
 
 def search_panels(report: Mapping[str, Any]) -> list[SearchPanel]:
@@ -88,9 +81,12 @@ def _panel(name: str, facts: Mapping[str, Mapping[str, float]], null: str, what:
         [what.replace("_", " "), "fitness", f"below {null.replace('_', ' ')}"],
         rows,
         verdict(name, found),
-        LINE_HEIGHT + 34,
-        " ".join(steps),
-        tuple(Cell(x(g), y(value), 0, 0, 1, f"generation {g}: {number(value)}") for g, value in history),
-        tuple(Mark(LINE_LEFT, y(tick), f"{tick:g}") for tick in top),
-        tuple(Mark(x(generation), LINE_HEIGHT + 28, str(generation)) for generation in range(0, last + 1, every)),
+        LineChart(
+            "Best fitness by generation",
+            LINE_HEIGHT + 34,
+            " ".join(steps),
+            tuple(Cell(x(g), y(value), 0, 0, 1, f"generation {g}: {number(value)}") for g, value in history),
+            tuple(Mark(LINE_LEFT, y(tick), f"{tick:g}") for tick in top),
+            tuple(Mark(x(generation), LINE_HEIGHT + 28, str(generation)) for generation in range(0, last + 1, every)),
+        ),
     )

@@ -152,7 +152,7 @@ def summarise(report: Mapping[str, Any]) -> Summary:
 
 
 def one_line(report: Mapping[str, Any], out: Path | str | None = None) -> str:
-    """Return the last line of a run: zeros, coverage, bytes before and after, perplexity, where it lies.
+    """Return the last line of a run: zeros, coverage, what is skipped, bytes, perplexity, where it lies.
 
     Args:
         report: Content of report.json.
@@ -165,6 +165,8 @@ def one_line(report: Mapping[str, Any], out: Path | str | None = None) -> str:
             f"{summary.sparsity:.2f} zeros in {summary.with_zeros}/{len(summary.linears)} target matrices "
             f"({percent(summary.coverage)} of block weights)"
         )
+    if report.get("activations"):
+        parts.append(f"skips {percent(skips(report))} of the block weights per token")
     parts.append(f"{bytes_text(report['bytes']['source'])} -> {bytes_text(report['bytes']['output'])}")
     evaluation = report.get("evaluation") or {}
     if comparison := evaluation.get("comparison"):
@@ -183,6 +185,17 @@ def one_line(report: Mapping[str, Any], out: Path | str | None = None) -> str:
     return ", ".join(parts)
 
 
+def skips(report: Mapping[str, Any]) -> float:
+    """Return the share of all block weights that an activation stage leaves unread for a token of held-out text."""
+    said = report["activations"]
+    return float(said["held_out"]["sparsity"] * said["coverage"])
+
+
+def pruned(report: Mapping[str, Any]) -> bool:
+    """Return whether any weight was changed; an activation stage alone leaves all as they were."""
+    return bool(report["stages"] or report.get("reshapes"))
+
+
 def reshaped(report: Mapping[str, Any]) -> str:
     """Return what is left of a model whose shape was changed: blocks and parameters."""
     last = report["reshapes"][-1]
@@ -194,13 +207,18 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f}x" if ratio < 99.995 or math.isinf(ratio) else f"{short(ratio)}x"
 
 
-def _linear(name: str, facts: Mapping[str, Any]) -> LinearResult:
+def block_and_kind(name: str) -> tuple[int, str]:
+    """Return in which block a module is, and its name there; numbers, such as those of experts, are `*`."""
     place = _BLOCK.match(name)
-    rest = place["rest"] if place else name
+    return int(place["block"]) if place else 0, _NUMBER.sub("*", place["rest"] if place else name)
+
+
+def _linear(name: str, facts: Mapping[str, Any]) -> LinearResult:
+    block, kind = block_and_kind(name)
     return LinearResult(
         name=name,
-        block=int(place["block"]) if place else 0,
-        kind=_NUMBER.sub("*", rest),
+        block=block,
+        kind=kind,
         kept=int(facts["kept"]),
         numel=int(facts["numel"]),
         weight_error=to_float(facts.get("weight_error")),

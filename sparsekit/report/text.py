@@ -66,7 +66,7 @@ def percent(share: float) -> str:
 
 def is_packed(report: Mapping[str, Any]) -> bool:
     """Whether the run that a report is about wrote packed weights."""
-    return bool(report["recipe"]["save"]["format"] != "dense")
+    return bool(report["stages"] and report["recipe"]["save"]["format"] != "dense")
 
 
 def is_hub_id(text: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsekit.runtime import buffers, native
+from sparsekit.runtime import buffers, gates, native
 from sparsekit.runtime.modules import SparseLinear
 
 
@@ -20,17 +20,24 @@ class Runtime:
         packed: Linear layers that multiply with packed weights.
         linears: All linear layers.
         isa: Instruction set of the kernels; None without a packed layer.
+        signals: Signals that are thinned out.
+        skipping: Those whose products skip what is dropped; the others multiply it as zeros.
     """
 
     packed: int
     linears: int
     isa: str | None
+    signals: int = 0
+    skipping: int = 0
 
     def __str__(self) -> str:
         """Return it in a few words."""
+        weights = f"{self.packed} of {self.linears} linears packed, {self.isa}"
         if not self.packed:
-            return f"dense, {self.linears} linears in torch"
-        return f"{self.packed} of {self.linears} linears packed, {self.isa}"
+            weights = f"dense, {self.linears} linears in torch"
+        if not self.signals:
+            return weights
+        return f"{weights}, {self.signals} signals thinned out, {self.skipping} of them skipped by kernels"
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -52,6 +59,10 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def describe_runtime(model: nn.Module) -> Runtime:
-    """Count a model's layers by what they multiply with."""
+    """Count a model's layers by what they multiply with, and its gates."""
     found = [isinstance(module, SparseLinear) for _, module in linears(model)]
-    return Runtime(sum(found), len(found), native.isa() if any(found) else None)
+    isa = native.isa() if any(found) else None
+    thinned = gates.describe(model)
+    if thinned is None:
+        return Runtime(sum(found), len(found), isa)
+    return Runtime(sum(found), len(found), isa, len(thinned.file.gates), len(thinned.kernels))

@@ -68,7 +68,13 @@ def test_a_dense_checkpoint_is_measured_and_called_dense(models):
     assert ended.code == 0, ended.err
     document = json.loads(ended.out)
     assert [contender["name"] for contender in document["contenders"]] == ["packed", "torch"]
-    assert document["contenders"][0]["runtime"] == {"packed": 0, "linears": 22, "isa": None}
+    assert document["contenders"][0]["runtime"] == {
+        "packed": 0,
+        "linears": 22,
+        "isa": None,
+        "signals": 0,
+        "skipping": 0,
+    }
     assert any("no packed layer was found" in text for text in document["warnings"])
 
 
