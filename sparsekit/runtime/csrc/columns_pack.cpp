@@ -165,7 +165,9 @@ int sk_columns_unpack(const void* packed, int64_t bytes, void* dense, int thread
   sk::PackedColumns w;
   const int status = sk::parse_columns(packed, bytes, &w);
   if (status != SK_OK) return status;
-  if ((!dense && w.rows > 0 && w.cols > 0) || threads < 1) return SK_BAD_ARGUMENT;
+  if (threads < 1) return SK_BAD_ARGUMENT;
+  if (w.rows == 0 || w.cols == 0) return SK_OK;
+  if (!dense) return SK_BAD_ARGUMENT;
   if (!sk::proven(w, threads)) return SK_BAD_PACKED;
   uint16_t* to = static_cast<uint16_t*>(dense);
   auto work = [&](int64_t begin, int64_t end, int) {
