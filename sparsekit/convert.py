@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sparsekit import fs
 from sparsekit.checkpoint.safetensors_file import RawTensor, read_header
 from sparsekit.checkpoint.shapes import config_entries
-from sparsekit.checkpoint.source import INDEX, PACKED_INDEX, PACKED_STEM
+from sparsekit.checkpoint.source import INDEX, PACKED_INDEX, PACKED_STEM, SIDECAR
 from sparsekit.checkpoint.staging import StagedCheckpoint, is_finished, recover
 from sparsekit.convert_source import ConvertSource, open_source
 from sparsekit.describe import tools, weights_bytes
 from sparsekit.errors import ModelError, OutputExists, UsageError
 from sparsekit.lazy import require_address_space
+from sparsekit.models.gate_files import gate_file_bytes, read_gate_file, weight_sizes
 from sparsekit.models.raw import to_raw
 from sparsekit.pack import Encoding, Layout, files
 from sparsekit.pack.types import DTYPES
@@ -30,7 +31,8 @@ from sparsekit.progress import Reporter, track
 from sparsekit.prune import Form, pack_changed
 
 TARGETS = ("dense", "auto", "bitmask", "nm", "block")
-VALUES = ("auto", "raw", "split", "int8", "int4")
+LOSSY = ("int8", "int4")
+VALUES = ("auto", "raw", "split", *LOSSY)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def convert(
         resume: Go on with an interrupted conversion; False discards it.
 
     Raises:
-        UsageError: A form that does not exist for these weights, or values for a dense result.
+        UsageError: A form that does not exist for these weights, values for a dense result, or lossy values for weights
+            that gates belong to.
         CheckpointError, KernelError, MaskError: The source is damaged or disagrees with its manifest.
         UnsafeFormat: marlin-24, or a format nobody knows.
         ModelError: Another quantisation, or nothing that could be packed.
@@ -89,6 +92,13 @@ def convert(
     require_address_space()
     _refuse_source(folder, out)
     source = open_source(folder)
+    gates = read_gate_file(folder)
+    if gates is not None and values in LOSSY:
+        raise UsageError(
+            f"--values {values} changes the weights that the activation sparsity of this checkpoint was calibrated for",
+            where=str(folder / SIDECAR),
+            hint="Use --values auto; or remove that file and sparsekit.json to convert the weights alone.",
+        )
     form = None if to == "dense" else _form(to, values)
     fs.require_space(out, source.dense_bytes if form is None else source.weights.total_bytes, "the checkpoint")
     identity = {
@@ -110,6 +120,9 @@ def convert(
                 "nothing can be packed: no weight matrix has enough zeros", where=str(folder), hint="Prune it first."
             )
         _write_files(source, staged, facts, packed=form is not None)
+        if gates is not None:
+            moved = replace(gates, weights=weight_sizes(staged.folder))
+            staged.write_file(SIDECAR, gate_file_bytes(moved))
         given = _manifest(source, claims, facts, staged, packed=form is not None)
         volatile = set(source.manifest.volatile) if source.manifest else set()
         present = set(fs.list_files(staged.folder))
@@ -248,6 +261,8 @@ def _manifest(
     }
     if source.manifest is not None:
         given["base"] = source.manifest.raw.get("base", given["base"])
+        if "activations" in source.manifest.raw:
+            given["activations"] = source.manifest.raw["activations"]
         given["converted_from"] = {
             "run_id": source.manifest.run_id,
             "identity_sha256": source.manifest.identity_sha256,

@@ -13,7 +13,7 @@ from sparsekit.checkpoint import jsonio
 from sparsekit.checkpoint.manifest import FILE, Manifest, read_manifest
 from sparsekit.checkpoint.safetensors_file import DTYPE_BITS, RawTensor
 from sparsekit.checkpoint.shapes import PLAIN, Shapes, read_shapes
-from sparsekit.checkpoint.source import WeightFiles, is_ours, open_weights
+from sparsekit.checkpoint.source import SIDECAR, WeightFiles, is_ours, open_weights
 from sparsekit.errors import ChecksumError, HeaderError, ModelError, WeightMismatch
 from sparsekit.fs import sha256_file
 from sparsekit.models.raw import read_raw
@@ -73,22 +73,29 @@ class ConvertSource:
         return sum(math.prod(self.shape(name)) * DTYPE_BITS[self._dtype(name)] // 8 for name in self._owner)
 
     def identity(self) -> dict[str, str]:
-        """Return the sha256 of config and weights; reads every file.
+        """Return the sha256 of config, weights and gates; reads every file.
 
         Raises:
-            ChecksumError: A weight file is not the one in the manifest.
+            ChecksumError: A file is not the one in the manifest.
         """
         found = {name: record.sha256 for name, record in self.weights.fingerprints().items()}
+        if self.gated:
+            found[SIDECAR] = sha256_file(self.folder / SIDECAR).sha256
         for name, sha256 in found.items() if self.manifest else ():
             recorded = self.manifest.files.get(name) if self.manifest else None
             if recorded is None or recorded.sha256 != sha256:
                 raise ChecksumError(
                     "is not the file that the manifest recorded" if recorded else "is not in the manifest",
-                    where=str(self.weights.path(name)),
+                    where=str(self.folder / name),
                     hint=f"See: sparsekit verify {self.folder}. If it was changed on purpose, remove {FILE} first.",
                 )
         found["config.json"] = sha256_file(self.folder / "config.json").sha256
         return dict(sorted(found.items()))
+
+    @property
+    def gated(self) -> bool:
+        """Whether a file of gates lies beside the weights."""
+        return (self.folder / SIDECAR).is_file()
 
     def coded(self, name: str) -> bool:
         """Whether the tensor is stored in parts."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsekit.activation_plan import ActivationPlan
 from sparsekit.lazy import torch
+from sparsekit.models.gate_files import protocol
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.stats.dropped import TOGETHER, Dropped
 from sparsekit.thinning import Reading, Thinned
@@ -62,13 +63,6 @@ def describe_thinned(model: LazyModel, plan: ActivationPlan, thinned: Thinned) -
     }
 
 
-def protocol(plan: ActivationPlan) -> str:
-    """Return which tokens are thinned out, in words; published figures differ mostly in that."""
-    dense = plan.stage.dense_tokens
-    first = "all tokens" if not dense else f"all but the first {'token' if dense == 1 else f'{dense} tokens'} of a text"
-    return f"{first}; in generation the prompt is {plan.stage.prefill}"
-
-
 def _asked(plan: ActivationPlan) -> dict[str, Any]:
     stage = plan.stage
     return {
@@ -78,7 +72,7 @@ def _asked(plan: ActivationPlan) -> dict[str, Any]:
         "budget": None if stage.budget is None else stage.budget.model_dump(mode="json"),
         "allocate": stage.allocate,
         "propagate": stage.propagate,
-        "protocol": protocol(plan),
+        "protocol": protocol(stage.dense_tokens, stage.prefill),
     }
 
 

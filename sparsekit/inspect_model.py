@@ -16,9 +16,11 @@ import numpy as np
 
 from sparsekit.checkpoint.manifest import FILE, Manifest, read_manifest
 from sparsekit.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
-from sparsekit.checkpoint.source import TensorLocation, WeightFiles
+from sparsekit.checkpoint.source import SIDECAR, TensorLocation, WeightFiles
 from sparsekit.contracts import LinearInfo
-from sparsekit.errors import CheckpointError, HeaderError, TruncatedError
+from sparsekit.errors import CheckpointError, HeaderError, SparsekitError, TruncatedError
+from sparsekit.models.gate_files import protocol, read_gate_file
+from sparsekit.models.gate_fit import fitting_module
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.linears import Linear
 from sparsekit.models.source import open_model
@@ -127,6 +129,26 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class GatesFound:
+    """Activation sparsity beside the weights.
+
+    Attributes:
+        method: From the manifest; None where it does not say.
+        signals: Signals that are thinned out.
+        sparsity: Share that is left out on held-out text: of the weights, from the manifest; else the mean over signals
+            that the file itself holds, None where it does not.
+        protocol: Which tokens are thinned out, in words.
+        problem: Why the file cannot be used, None if it can; the rest is then empty.
+    """
+
+    method: str | None
+    signals: int = 0
+    sparsity: float | None = None
+    protocol: str = ""
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
 class Inspection:
     """A model as it lies on disk.
 
@@ -149,6 +171,7 @@ class Inspection:
         agreement: With the manifest; None without one.
         weights_read: Whether zeros were counted.
         nonfinite: NaN and infinite weights per stored tensor that has any.
+        gates: Activation sparsity; None without any.
     """
 
     name: str
@@ -170,6 +193,7 @@ class Inspection:
     agreement: Agreement | None
     weights_read: bool
     nonfinite: Mapping[str, int]
+    gates: GatesFound | None = None
 
     @property
     def sparsity(self) -> float | None:
@@ -241,6 +265,7 @@ def inspect_model(
         agreement=_agreement(manifest, pruned, stored, nonzero) if manifest else None,
         weights_read=weights,
         nonfinite={key: tally.nonfinite for key, tally in tallies.items() if tally.nonfinite},
+        gates=_gates(source.folder, model, manifest),
     )
 
 
@@ -342,6 +367,28 @@ def _agreement(
         if name not in missing and nonzero.get(name, 0) > kept
     ]
     return Agreement(len(pruned), tuple(missing), tuple(lost))
+
+
+# --- gates ---------------------------------------------------------------------------------------------------
+def _gates(folder: Path, model: LazyModel, manifest: Manifest | None) -> GatesFound | None:
+    """Return what lies beside the weights, held to the model as it is when it is loaded."""
+    said = manifest.raw.get("activations") if manifest else None
+    method = said.get("method") if isinstance(said, Mapping) else None
+    known = method if isinstance(method, str) else None
+    try:
+        file = read_gate_file(folder)
+        if file is None:
+            return None
+        for name, placed in file.gates.items():
+            fitting_module(model.module, name, placed, str(folder / SIDECAR))
+    except SparsekitError as error:  # the model can be described all the same; the reader is told
+        return GatesFound(known, problem=str(error))
+    measured = said.get("held_out") if isinstance(said, Mapping) else None
+    share = measured.get("sparsity") if isinstance(measured, Mapping) else None
+    if not isinstance(share, float) and file.shares:
+        share = sum(file.shares.values()) / len(file.shares)
+    share = share if isinstance(share, float) else None
+    return GatesFound(known, len(file.gates), share, protocol(file.dense_tokens, file.prefill))
 
 
 # --- weights -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 from sparsekit.activation_plan import ActivationPlan, check_text, plan_activations
 from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.checkpoint.shapes import PLAIN, Shapes
+from sparsekit.checkpoint.source import SIDECAR
 from sparsekit.cost import Cost, estimate
 from sparsekit.errors import PlanError
 from sparsekit.models.lazy_model import LazyModel
@@ -92,6 +93,11 @@ def prepare(recipe: Recipe, source: ModelSource) -> Prepared:
     if activations is not None:
         check_text(activations, samples, length, where=f"stages.{len(recipe.stages) - 1}")
     notes = tuple(note for reshape in reshapes for note in reshape.notes)
+    if (source.folder / SIDECAR).is_file():
+        notes += (
+            f"the model's own activation sparsity ({SIDECAR}) is left out of what is written: it belongs to the old "
+            "weights; the baseline is measured with it",
+        )
     notes += tuple(
         note
         for position, plan in enumerate(plans, first)

@@ -30,7 +30,7 @@ from sparsekit.data import TextSpec, load_blocks
 from sparsekit.data.packing import TokenBlocks
 from sparsekit.describe import tools
 from sparsekit.errors import CalibrationError, SparsekitError
-from sparsekit.models.gate_files import GateFile, gate_file_bytes
+from sparsekit.models.gate_files import GateFile, gate_file_bytes, weight_sizes
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.shapes import parameters
 from sparsekit.pack import Encoding, Layout
@@ -134,9 +134,8 @@ def _thin(
     assert blocks is not None  # noqa: S101  (such a plan needs data)
     others = ranks.share(lambda: _other_text(prepared, blocks, reporter))
     thinned = thin(prepared.model, plan, blocks.ids, others, reporter)
-    weights = {path.name: path.stat().st_size for path in sorted(staged.folder.glob("*model*.safetensors"))}
     shares = {name: round(stat.share, 6) for name, stat in thinned.held_out.dropped.items()}
-    content = GateFile(thinned.gates, plan.stage.dense_tokens, plan.stage.prefill, weights, shares)
+    content = GateFile(thinned.gates, plan.stage.dense_tokens, plan.stage.prefill, weight_sizes(staged.folder), shares)
     ranks.share(lambda: staged.write_file(SIDECAR, gate_file_bytes(content)))
     return thinned
 

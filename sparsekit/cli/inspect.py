@@ -11,7 +11,7 @@ from sparsekit.cli.options import Json, Quiet, Revision, TrustRemoteCode
 from sparsekit.units import bytes_text, count_text
 
 if TYPE_CHECKING:
-    from sparsekit.inspect_model import Inspection, Kind
+    from sparsekit.inspect_model import GatesFound, Inspection, Kind
 
 _SHOWN = 5  # tensors that lost zeros
 
@@ -111,7 +111,17 @@ def _origin(found: Inspection) -> str:
     if found.nonfinite:
         name, count = next(iter(found.nonfinite.items()))
         rows.append(("damaged", f"{len(found.nonfinite)} tensors hold NaN or infinity, first {name} ({count:,})"))
+    if found.gates is not None:
+        rows.append(("activations", _gates(found.gates)))
     return render.pairs(rows)
+
+
+def _gates(gates: GatesFound) -> str:
+    """Return what is skipped at run time, or why the file that says so cannot be used."""
+    if gates.problem is not None:
+        return f"unusable: {gates.problem}"
+    share = "" if gates.sparsity is None else f", {gates.sparsity:.4f} left out on held-out text"
+    return f"{gates.method or 'an unknown method'} thins out {gates.signals} signals{share}: {gates.protocol}"
 
 
 def _agreement(found: Inspection) -> str:
@@ -123,6 +133,8 @@ def _agreement(found: Inspection) -> str:
             f"{len(agreement.missing)} of {agreement.pruned} pruned tensors are missing or have another shape, "
             f"first {agreement.missing[0]}"
         )
+    if not agreement.pruned:
+        return "no tensor is recorded as pruned"
     if not found.weights_read:
         return "not compared (--no-weights)"
     if agreement.ok:

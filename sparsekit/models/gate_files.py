@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sparsekit.checkpoint import jsonio
+from sparsekit.checkpoint.manifest import FILE
 from sparsekit.checkpoint.safetensors_file import encode, read_header
 from sparsekit.checkpoint.source import SIDECAR
 from sparsekit.contracts import Remainder
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 VERSION = 1
 _KEY = "sparsekit_activation"
 _HINT = "Copy the file again, or calibrate again."
+_MANIFEST_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,13 @@ class GateFile:
     prefill: Literal["dense", "sparse"]
     weights: Mapping[str, int]
     shares: Mapping[str, float] = field(default_factory=dict)
+
+
+def protocol(dense_tokens: int, prefill: str) -> str:
+    """Return which tokens are thinned out, in words; published figures differ mostly in that."""
+    kept = "token" if dense_tokens == 1 else f"{dense_tokens} tokens"
+    first = f"all but the first {kept} of a text" if dense_tokens else "all tokens"
+    return f"{first}; in generation the prompt is {prefill}"
 
 
 def gate_file_bytes(content: GateFile) -> bytes:
@@ -88,6 +98,7 @@ def read_gate_file(folder: Path) -> GateFile | None:
     """
     path = folder / SIDECAR
     if not path.is_file():
+        _require_unnamed(folder)
         return None
     header = read_header(path)
     said = _said(header.metadata.get(_KEY), path)
@@ -106,13 +117,33 @@ def read_gate_file(folder: Path) -> GateFile | None:
     return found
 
 
+def weight_sizes(folder: Path) -> dict[str, int]:
+    """Return the weight files of a folder that was written by sparsekit, name -> bytes."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*model*.safetensors"))}
+
+
+def _require_unnamed(folder: Path) -> None:
+    """Refuse a checkpoint that had gates and has lost them: it would run dense, and nothing would tell."""
+    manifest = folder / FILE
+    try:
+        said = jsonio.read(manifest, limit_bytes=_MANIFEST_BYTES)[1] if manifest.is_file() else None
+    except CheckpointError:
+        return  # verify tells; a model has always been loaded without it
+    if isinstance(said, Mapping) and said.get("activations"):
+        raise CheckpointError(
+            f"is not there; by {FILE} it holds the gates of this checkpoint",
+            where=str(folder / SIDECAR),
+            hint=f"Copy it again; to run dense, remove {FILE} too.",
+        )
+
+
 def _said(text: str | None, path: Path) -> dict[str, Any]:
     """Return what the header says, with the keys that everything relies on."""
     try:
-        said = json.loads(text or "null")
-    except ValueError:
+        said: Any = jsonio.parse((text or "null").encode(), where=str(path))
+    except CheckpointError:
         said = None
-    if not isinstance(said, dict) or not isinstance(said.get("version"), int):
+    if not isinstance(said, dict) or type(said.get("version")) is not int:
         raise CheckpointError("its header does not describe any signals", where=str(path), hint=_HINT)
     if said["version"] > VERSION:
         raise VersionError(
@@ -126,8 +157,10 @@ def _said(text: str | None, path: Path) -> dict[str, Any]:
         or said["dense_tokens"] < 0
         or said.get("prefill") not in ("dense", "sparse")
         or not isinstance(weights, dict)
-        or not all(type(size) is int for size in weights.values())
+        or not weights
+        or not all(type(size) is int and Path(name).name == name for name, size in weights.items())
         or not isinstance(sites, dict)
+        or not sites
         or not all(isinstance(facts, dict) for facts in sites.values())
     ):
         raise CheckpointError(
@@ -146,7 +179,7 @@ def _require_weights(found: GateFile, folder: Path) -> None:
             raise CheckpointError(
                 f"belongs to {name} of {size:,} bytes, which {got}",
                 where=str(folder / SIDECAR),
-                hint="The weights were changed: calibrate again, or delete this file to run dense.",
+                hint=f"The weights were changed: calibrate again; to run dense, delete this file and {FILE}.",
             )
 
 
@@ -162,12 +195,16 @@ class _Reader:
         kind = facts.get("signal")
         if kind not in ("input", "gate"):
             raise self.wrong(name, f"signal {kind!r}, needed input or gate")
+        if facts.get("share") is not None and self.number(name, facts, "share") > 1:
+            raise self.wrong(name, f"share {facts['share']!r}, needed 0 to 1")
         remainder = None
         if "remainder" in facts:
             left, right = self.tensor(f"{name}.act_left", 2), self.tensor(f"{name}.act_right", 2)
             share = self.number(name, facts, "remainder")
             if left.shape[1] != right.shape[0] or kind != "input":
                 raise self.wrong(name, f"left {list(left.shape)} and right {list(right.shape)} do not fit")
+            if not (left.is_floating_point() and bool(left.isfinite().all() and right.isfinite().all())):
+                raise self.wrong(name, "its remainder is not made of finite numbers")
             remainder = Remainder(share, left, right)
         return Placed(kind, self.gate(name, facts), remainder)
 

@@ -104,12 +104,15 @@ def _gate_place(model: Any, stack: Stack, index: int, mlp: MLP, linears: dict[st
 
 def _activations(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the children that are elementwise functions."""
+    return ((name, child) for name, child in parent.named_children() if is_activation(child))
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Tell an elementwise function."""
     from transformers.activations import ACT2CLS
 
     known = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
-    for name, child in parent.named_children():
-        if isinstance(child, known) or type(child).__module__ == torch.nn.modules.activation.__name__:
-            yield name, child
+    return isinstance(module, known) or type(module).__module__ == torch.nn.modules.activation.__name__
 
 
 def _role(spec: FamilySpec | None, name: str) -> str | None:

@@ -17,12 +17,13 @@ from typing import Any
 from torch import nn
 
 from sparsekit.checkpoint.source import SIDECAR
-from sparsekit.errors import CheckpointError, UsageError
+from sparsekit.errors import UsageError
 from sparsekit.memory import leave_files, release_freed
 from sparsekit.models.expert_gates import install_expert_gate
 from sparsekit.models.gate_files import GateFile, read_gate_file
-from sparsekit.models.gates import Gated, Placed, Scope, Threshold, TopK, install
-from sparsekit.models.linears import is_experts, projections
+from sparsekit.models.gate_fit import fitting_module
+from sparsekit.models.gates import Gated, Scope, install
+from sparsekit.models.linears import is_experts
 from sparsekit.runtime import native
 from sparsekit.runtime.columns import skipping
 from sparsekit.runtime.dense import use_streaming
@@ -84,13 +85,13 @@ def attach(model: Any, file: GateFile, *, kernels: bool, where: str = "gates") -
     """Attach gates to a transformers model in place; see `attach_folder`.
 
     Raises:
-        CheckpointError: A signal that the model does not have, or of another width.
+        CheckpointError: A signal that the model does not have or that is never thinned out, or of another width.
         UsageError: It has gates already.
     """
     if attached(model):
         raise UsageError("the model has gates already", hint="Load it again, or call detach first.")
     scope = ModelScope(file.dense_tokens)
-    modules = {name: _module(model, name, placed, where) for name, placed in file.gates.items()}
+    modules = {name: fitting_module(model, name, placed, where) for name, placed in file.gates.items()}
     experts = {name: module for name, module in modules.items() if is_experts(module)}
     state = Attached(file, scope, frozenset(), [])
     if kernels and native.available():
@@ -147,39 +148,6 @@ def detach(model: Any) -> None:
 def _state(model: Any) -> Attached | None:
     found: Attached | None = model.__dict__.get(_ATTRIBUTE)
     return found
-
-
-def _module(model: Any, name: str, placed: Placed, where: str) -> nn.Module:
-    """Return the module that a gate stands at; require that the gate fits."""
-    path, _, last = name.rpartition(".")
-    try:
-        owner: nn.Module = model.get_submodule(path)
-        module = owner if is_experts(owner) and last in projections(owner) else model.get_submodule(name)
-    except AttributeError:
-        raise CheckpointError(
-            "the model has no such module", where=f"{where}: {name}", hint="The file belongs to another model."
-        ) from None
-    width = _width(module, last)
-    sizes = {
-        tensor.shape[-1]
-        for tensor in (getattr(placed.gate, "t", None), getattr(placed.gate, "w", None))
-        if isinstance(placed.gate, Threshold | TopK) and tensor is not None
-    }
-    if placed.kind == "input" and width and not sizes <= {1, width}:
-        raise CheckpointError(
-            f"{max(sizes)} values for an input of {width}",
-            where=f"{where}: {name}",
-            hint="The file belongs to another model.",
-        )
-    return module
-
-
-def _width(module: nn.Module, parameter: str) -> int | None:
-    """Return how many entries the input of a linear has, or that of a projection of experts; None for others."""
-    if is_experts(module):
-        shape = module.get_parameter(parameter).shape
-        return int(shape[-2] if getattr(module, "is_transposed", False) else shape[-1])
-    return getattr(module, "in_features", None) or getattr(module, "nx", None)
 
 
 def _follow_calls(model: Any, state: Attached) -> None:
