@@ -27,6 +27,8 @@ ROOMS: dict[str, tuple[str, str, str]] = {
     "reshape": ("reshaper", "Reshaper", "sparsekit.reshapers"),
     "activations": ("calibrator", "ActivationCalibrator", "sparsekit.calibrators"),
 }
+_MOST_SHOWN = 24
+"""Names in an error: more than that nobody reads."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -80,11 +82,14 @@ def source(room: str, name: str) -> str:
 
 
 def unknown(noun: str, name: str, available: Iterable[str]) -> str:
-    """Return the message for a name that does not exist: near misses, then the list."""
+    """Return the message for a name that does not exist: near misses, then the list; of a long one what is closest."""
     choices = sorted(available)
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     guess = f" Did you mean {near[0]!r}?" if near else ""
-    return f"Unknown {noun} {name!r}.{guess} Available: {', '.join(choices) or 'none'}"
+    if len(choices) <= _MOST_SHOWN:
+        return f"Unknown {noun} {name!r}.{guess} Available: {', '.join(choices) or 'none'}"
+    closest = sorted(difflib.get_close_matches(name, choices, n=_MOST_SHOWN, cutoff=0.0))
+    return f"Unknown {noun} {name!r}.{guess} Closest of {len(choices)}: {', '.join(closest)}"
 
 
 @cache
