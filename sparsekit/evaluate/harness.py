@@ -217,8 +217,8 @@ def _load(tasks: Sequence[str], include_path: str | Path | None, reporter: Repor
         raise EvaluationError(
             f"the task's data cannot be loaded: {reason[0]}",
             where=", ".join(names),
-            hint="Without the Hub use local tasks: sparsekit_smoke_choice, sparsekit_smoke_generate, "
-            "or your own with --include-path.",
+            hint="Without the Hub use tasks of sparsekit: sparsekit_continue, sparsekit_smoke_choice, "
+            "sparsekit_smoke_generate, or your own with --include-path.",
         ) from error
 
 

@@ -354,7 +354,7 @@ def _activation_limits(report: Mapping[str, Any]) -> list[str]:
         f"skipped weights{little}, in batches (what one sequence skips another one needs), while a prompt is read, or "
         "without the CPU kernels of sparsekit.",
         f"What was measured holds for this protocol: {report['activations']['protocol']}. Multi-step reasoning is "
-        "known to suffer first: measure with tasks that generate text, not by perplexity alone.",
+        "known to suffer first: measure with tasks that generate text, such as `sparsekit_continue`.",
     ]
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_both_smoke_tasks_run_offline_and_report_progress(
 
 
 def test_the_shipped_tasks_have_sound_items() -> None:
-    files = sorted(shipped_tasks().glob("*.jsonl"))
+    files = sorted(shipped_tasks().glob("*smoke*.jsonl"))
     assert [file.stem for file in files] == sorted(SMOKE)
     for file in files:
         items = [json.loads(line) for line in file.read_text().splitlines()]
@@ -98,6 +99,38 @@ def test_the_shipped_tasks_have_sound_items() -> None:
                 assert item["answer"].strip() == item["answer"] != ""
     choices = [json.loads(line)["answer"] for line in files[0].read_text().splitlines()]
     assert {choices.count(position) for position in range(4)} == {4}  # no position wins by itself
+
+
+def test_sequences_to_go_on_with_have_six_items_that_follow_from_what_is_shown() -> None:
+    items = [json.loads(line) for line in (shipped_tasks() / "sparsekit_continue.jsonl").read_text().splitlines()]
+    assert len(items) == 40
+    assert len({item["start"] for item in items}) == len(items)
+    for item in items:
+        shown, rest = item["start"].split(", "), item["rest"].split(", ")
+        assert len(rest) == 6
+        assert len(shown) >= 4
+        if all(word.isdigit() for word in shown):
+            numbers = [int(word) for word in shown + rest]
+            assert len({after - before for before, after in pairwise(numbers)}) == 1
+
+
+def test_a_perfect_continuation_scores_one_whatever_follows() -> None:
+    """The first six items count; a model that goes on is not wrong, one that stops early is."""
+    task = find_tasks(["sparsekit_continue"]).loaded["tasks"]["sparsekit_continue"]
+    document = next(iter(task.test_docs()))
+    assert task.doc_to_text(document) == f"{document['start']},"
+    scores = {}
+    for name, said in {
+        "exact": f" {document['rest']}",
+        "goes on": f" {document['rest']}, and so on",
+        "stops": f" {document['rest'].rpartition(',')[0]}",
+        "wrong": " 1, 2, 1, 2, 1, 2",
+    }.items():
+        answers: Any = [[said]]
+        for step in task._filters[0].filters:
+            answers = step().apply(answers, [document])
+        scores[name] = task.process_results(document, list(answers))["exact_match"]
+    assert scores == {"exact": 1, "goes on": 1, "stops": 0, "wrong": 0}
 
 
 def test_a_perfect_answer_scores_one(tmp_path: Path, models: dict[str, Any]) -> None:
