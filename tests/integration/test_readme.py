@@ -58,10 +58,11 @@ def test_every_command_block_runs_in_order(place):
 
 def test_every_python_block_runs(place, tmp_path):
     # They load folders that command blocks make; under xdist another worker may have run those.
-    for out, more in (("my-model-wanda-50", ""), ("my-model-dense", "--set save.format=dense")):
+    dense = "--set save.format=dense"
+    for out, more in (("my-model-wanda-50", ""), ("my-model-dense", dense), ("my-model-teal-40", dense)):
         run(f"[ -d {out} ] || sparsekit prune ./my-model -r magnitude-50 --no-evaluate {more} -o {out}", place)
     programs = [text for language, text in BLOCKS if language == "python"]
-    assert len(programs) == 3
+    assert len(programs) == 4
     for program in programs:
         (tmp_path / "program.py").write_text(program)
         run(f"python {tmp_path / 'program.py'}", place)
