@@ -110,7 +110,7 @@ def _error(
 
     Each token is compared with itself: the states of a few are so large that sums would see nothing else.
     """
-    skip = plan.stage.dense_tokens
+    skip = plan.dense(dense[0].shape[-2])
     placed = place_gate(plan, place, level, signal, visit.dtype)
     undo = place_at(place, placed, Scope(skip))
     try:

@@ -9,8 +9,9 @@ from typing import Any
 from sparsekit import registry
 from sparsekit.contracts import ActivationCalibrator, Site
 from sparsekit.errors import LowCoverage, PlanError, TooFewTokens
+from sparsekit.models.gate_files import prompt_of
 from sparsekit.models.lazy_model import LazyModel
-from sparsekit.models.sites import Place, gate_places, input_places
+from sparsekit.models.sites import Place, gate_places, input_places, neuron_places
 from sparsekit.recipe.schema import ActivationStage
 from sparsekit.selection import matches
 
@@ -47,6 +48,19 @@ class ActivationPlan:
         """Number of weights that can be skipped."""
         return sum(site.numel for site in self.sites)
 
+    @property
+    def by_prompt(self) -> bool:
+        """Whether entries are chosen by a prompt, and not at every token."""
+        return self.calibrator.rule == "prompt"
+
+    def prompt(self, sequence_length: int) -> int:
+        """Return how many leading tokens of a text are its prompt: dense, and not scored."""
+        return prompt_of(sequence_length) if self.by_prompt else 0
+
+    def dense(self, sequence_length: int) -> int:
+        """Return how many leading tokens of a text stay dense."""
+        return self.prompt(sequence_length) or self.stage.dense_tokens
+
     def forwards(self, tokens: int, sequence_length: int) -> float:
         """Return how many tokens go through a block, all blocks together, for an estimate."""
         blocks = len({site.block for site in self.sites})
@@ -76,6 +90,12 @@ def plan_activations(model: LazyModel, stage: ActivationStage, seed: int, *, whe
             f"sparsity {stage.sparsity:g} is more than {HIGHEST:g}, the most that allocate: {stage.allocate} measures",
             where=f"{where}.sparsity",
             hint="Lower it, or set allocate: uniform.",
+        )
+    if calibrator.rule == "prompt" and stage.prefill == "sparse":
+        raise PlanError(
+            f"{stage.method} chooses by the prompt, which therefore is dense",
+            where=f"{where}.prefill",
+            hint="Leave prefill out.",
         )
     known = [place.site for index in range(model.blocks) for place in _places(model, calibrator, index)]
     names = [site.name for site in known]
@@ -111,14 +131,17 @@ def check_text(plan: ActivationPlan, samples: int, sequence_length: int, *, wher
             where=where,
             hint="Raise calibration.samples.",
         )
-    if sequence_length <= plan.stage.dense_tokens + 1:
+    dense = plan.dense(sequence_length)
+    if sequence_length <= dense + 1:
         raise TooFewTokens(
-            f"the first {plan.stage.dense_tokens} tokens stay dense, samples have {sequence_length}",
+            f"the first {dense} tokens stay dense, samples have {sequence_length}",
             where=f"{where}.dense_tokens",
             hint="Raise calibration.sequence_length.",
         )
+    if plan.by_prompt:
+        return  # no quantile is taken
     share = plan.stage.sparsity or 0.5
-    tokens = (samples - held_out(samples)) * (sequence_length - plan.stage.dense_tokens)
+    tokens = (samples - held_out(samples)) * (sequence_length - dense)
     narrowest = min(plan.sites, key=lambda site: site.width)
     needed = _LEAST_ENTRIES / (min(share, 1 - share) * narrowest.width)
     if tokens < needed:
@@ -142,4 +165,6 @@ def _places(model: LazyModel, calibrator: ActivationCalibrator[Any], index: int)
         found += input_places(model.module, model.stack, index)
     if "gate" in calibrator.kinds:
         found += gate_places(model.module, model.stack, index)
+    if "neurons" in calibrator.kinds:
+        found += neuron_places(model.module, model.stack, index)
     return [place for place in found if calibrator.covers(place.site)]

@@ -72,7 +72,7 @@ def _asked(plan: ActivationPlan) -> dict[str, Any]:
         "budget": None if stage.budget is None else stage.budget.model_dump(mode="json"),
         "allocate": stage.allocate,
         "propagate": stage.propagate,
-        "protocol": protocol(stage.dense_tokens, stage.prefill),
+        "protocol": protocol(stage.dense_tokens, stage.prefill, by_prompt=plan.by_prompt),
     }
 
 

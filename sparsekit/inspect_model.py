@@ -19,7 +19,7 @@ from sparsekit.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
 from sparsekit.checkpoint.source import SIDECAR, TensorLocation, WeightFiles
 from sparsekit.contracts import LinearInfo
 from sparsekit.errors import CheckpointError, HeaderError, SparsekitError, TruncatedError
-from sparsekit.models.gate_files import protocol, read_gate_file
+from sparsekit.models.gate_files import read_gate_file
 from sparsekit.models.gate_fit import fitting_module
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.linears import Linear
@@ -388,7 +388,7 @@ def _gates(folder: Path, model: LazyModel, manifest: Manifest | None) -> GatesFo
     if not isinstance(share, float) and file.shares:
         share = sum(file.shares.values()) / len(file.shares)
     share = share if isinstance(share, float) else None
-    return GatesFound(known, len(file.gates), share, protocol(file.dense_tokens, file.prefill))
+    return GatesFound(known, len(file.gates), share, file.protocol)
 
 
 # --- weights -----------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparsekit.activation_plan import ActivationPlan
-from sparsekit.contracts import Stat
+from sparsekit.contracts import Site, Stat
 from sparsekit.lazy import torch
-from sparsekit.models.gates import Gate, Gaussian, Placed, Threshold, TopK, half_normal
+from sparsekit.models.gates import Gate, Gaussian, OfPrompt, Placed, Threshold, TopK, half_normal
 from sparsekit.models.sites import Place
 from sparsekit.stats.absolute import Absolute
 from sparsekit.stats.scores import Scores
@@ -59,7 +59,7 @@ def watch_scores(visit: Visit, plan: ActivationPlan, places: Collection[Place]) 
 def _signal(place: Place, seen: Mapping[str, Stat], prefix: str, weights: list[Tensor | None]) -> Signal:
     """Return what was seen of a place; scores of all experts are in one histogram."""
     name = place.site.name
-    keys = [reader.name for reader in place.readers] if place.site.kind == "input" else [name.removeprefix(prefix)]
+    keys = [name.removeprefix(prefix)] if place.site.kind == "gate" else [reader.name for reader in place.readers]
     pooled = Scores(place.site.width)
     for key in keys:
         pooled.merge(seen[key])
@@ -109,8 +109,15 @@ def place_gate(plan: ActivationPlan, place: Place, level: float, signal: Signal,
 def _gate(plan: ActivationPlan, place: Place, level: float, signal: Signal, dtype: torch.dtype) -> Gate:
     w = signal.importance
     if plan.calibrator.rule == "top_k":
-        return TopK(max(1, int(place.site.width * (1 - level))), torch.ones(1) if w is None else w)
+        return TopK(kept_entries(place.site, level), torch.ones(1) if w is None else w)
+    if plan.calibrator.rule == "prompt":
+        return OfPrompt(kept_entries(place.site, level))
     if plan.calibrator.rule == "gaussian":
         return Gaussian(half_normal(level))
     tau = torch.tensor([signal.scores.quantile(level)])
     return Threshold((tau if w is None else tau / w).to(dtype).to(torch.float32))
+
+
+def kept_entries(site: Site, level: float) -> int:
+    """Return how many entries of a signal are kept at a level, at least one."""
+    return max(1, int(site.width * (1 - level)))

@@ -21,11 +21,11 @@ from sparsekit.errors import CalibrationError
 from sparsekit.lazy import torch
 from sparsekit.models.ending import losses_behind
 from sparsekit.models.expert_gates import of_expert, place_at
-from sparsekit.models.gates import Placed, Scope
+from sparsekit.models.gates import Gate, OfPrompt, Placed, Scope
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.sites import Place, in_order
 from sparsekit.progress import Reporter
-from sparsekit.signals import place_gate, watch_scores
+from sparsekit.signals import kept_entries, place_gate, watch_scores
 from sparsekit.stats.dropped import Dropped
 from sparsekit.walk import walk
 
@@ -172,7 +172,10 @@ class Calibration:
     def gates(self, levels: Mapping[str, float]) -> dict[str, Placed]:
         """Walk the model and set a gate at every signal, one after the other."""
         plan, found = self.plan, dict[str, Placed]()
-        sparse, scope = plan.stage.propagate == "sparse", Scope(plan.stage.dense_tokens)
+        if plan.by_prompt:  # numbers, for which nothing is to be seen
+            sites = [site for site in plan.sites if levels[site.name] > 0]
+            return {site.name: Placed(site.kind, OfPrompt(kept_entries(site, levels[site.name]))) for site in sites}
+        sparse, scope = plan.stage.propagate == "sparse", Scope(plan.dense(self.samples.shape[1]))
         with _undoing() as later:
             for visit in walk(self.model, self.samples, self.reporter, task=f"thresholds ({plan.stage.method})"):
                 later.now()
@@ -200,7 +203,8 @@ class Calibration:
         """Return what gates drop, and the mean loss in nats."""
         plan, found = self.plan, dict[str, Dropped]()
         hidden: list[Tensor] = []
-        scope = Scope(plan.stage.dense_tokens)
+        length = ids.shape[1]
+        scope = Scope(plan.dense(length))
         with _undoing() as later:
             for visit in walk(self.model, ids, self.reporter, task=task):
                 later.now()
@@ -208,17 +212,16 @@ class Calibration:
                 for place in places:
                     later.add(place_at(place, gates[place.site.name], scope))
                 if places:
-                    found |= self._watch(visit.watch, visit.prefix, places, gates)
+                    found |= self._watch(visit.watch, visit.prefix, places, gates, scope.dense)
                 if visit.index == self.model.blocks - 1:
                     hidden = visit.outputs()
-        own = losses_behind(self.model, ids[ranks.portion(len(ids))], hidden)
+        own = losses_behind(self.model, ids[ranks.portion(len(ids))], hidden, plan.prompt(length))
         return found, float(torch.cat(ranks.gather(own)).mean())
 
     def _watch(
-        self, watch: Callable[..., dict[str, Stat]], prefix: str, places: Collection[Place], gates: Gates
+        self, watch: Callable[..., dict[str, Stat]], prefix: str, places: Collection[Place], gates: Gates, skip: int
     ) -> dict[str, Dropped]:
         """Return what the gates of a block drop. A gate's own output has zeros; an input is seen as it comes."""
-        skip = self.plan.stage.dense_tokens
         inputs: dict[str, Stat] = {}
         outputs: dict[str, Stat] = {}
         keys: dict[str, list[str]] = {}
@@ -231,7 +234,7 @@ class Calibration:
             keys[name] = [reader.name for reader in place.readers]
             for number, reader in enumerate(place.readers):
                 first = skip if place.experts is None else 0
-                inputs[reader.name] = Dropped(width, of_expert(gate, number).keep, first)
+                inputs[reader.name] = Dropped(width, _kept_behind(of_expert(gate, number)), first)
         seen = watch(inputs, outputs)
         found: dict[str, Dropped] = {}
         for place in places:
@@ -239,6 +242,11 @@ class Calibration:
             for key in keys[place.site.name]:
                 pooled.merge(seen[key])
         return found
+
+
+def _kept_behind(gate: Gate) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what says which entries a gate keeps, given the dense tokens of a text and those behind them."""
+    return lambda first, x: gate.behind(first).keep(x)
 
 
 def _corrected(aim: float, wanted: float, dropped: Dropped | None) -> float:

@@ -11,10 +11,11 @@ from sparsekit.contracts.basics import LinearInfo, Method, Options, Stats
 if TYPE_CHECKING:
     from torch import Tensor
 
-SignalKind = Literal["input", "gate"]
-"""`input`: what a linear multiplies. `gate`: the activated gate of an MLP, which `up` is multiplied by."""
-Rule = Literal["threshold", "top_k", "gaussian"]
-"""How entries are chosen when the model runs; see `models.gates`."""
+SignalKind = Literal["input", "gate", "neurons"]
+"""`input`: what a linear multiplies. `gate`: the activated gate of an MLP, which `up` is multiplied by. `neurons`: what
+an MLP's `down` multiplies, where an entry that goes takes all weights of its neuron with it."""
+Rule = Literal["threshold", "top_k", "gaussian", "prompt"]
+"""How entries are chosen when the model runs, see `models.gates`; all but `prompt` at every token by itself."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class Site:
 
     Attributes:
         name: Of the linear whose input it is, or of the module whose output it is.
-        kind: Which of the two.
+        kind: Which signal it is.
         block: Number of the block.
         width: Entries of the signal.
         skips: Linears whose weights are not read where an entry is dropped: columns of an input, columns of `down` and
-            rows of `up` for a gate.
+            rows of `up` for a gate, those and the rows of `gate` for neurons.
         role: What the linear is in its block, such as `query`; None where the family is not known.
         up: Gate sites: name of the linear that the gate is multiplied with; the last `width` of its outputs count.
     """

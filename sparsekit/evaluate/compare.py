@@ -26,6 +26,7 @@ from sparsekit.evaluate.perplexity import (
 )
 from sparsekit.lazy import torch
 from sparsekit.progress import Reporter, Silent, track
+from sparsekit.runtime.gates import prompt_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,12 +74,14 @@ def compare(
     check_blocks(model, blocks)
     check_blocks(baseline, blocks)
     indices = track(range(blocks.samples), reporter or Silent(), "comparison", blocks.samples, "sequences")
-    rows = [_compare_block(model, baseline, blocks.ids[i], i, positions_at_once) for i in indices]
+    prompt = max(prompt_tokens(each, blocks.sequence_length) for each in (model, baseline))
+    rows = [_compare_block(model, baseline, blocks.ids[i], i, positions_at_once, prompt) for i in indices]
     loss, baseline_loss, kl, agreement = (torch.stack(column) for column in zip(*rows, strict=True))
     mine, other = (
-        summarise(TokenLosses(per_token, blocks.source, blocks.sequence_length)) for per_token in (loss, baseline_loss)
+        summarise(TokenLosses(per_token, blocks.source, blocks.sequence_length, prompt))
+        for per_token in (loss, baseline_loss)
     )
-    paired = loss - baseline_loss  # [samples, sequence_length - 1] float64
+    paired = loss - baseline_loss  # [samples, sequence_length - 1 - prompt] float64
     difference = float(paired.mean())
     return Comparison(
         model=mine,
@@ -93,10 +96,10 @@ def compare(
 
 
 def _compare_block(
-    model: Any, baseline: Any, ids: Tensor, index: int, positions_at_once: int
+    model: Any, baseline: Any, ids: Tensor, index: int, positions_at_once: int, prompt: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, baseline loss, KL and agreement of each predicted token: [sequence_length - 1] float64."""
-    logits, reference = block_logits(model, ids), block_logits(baseline, ids)
+    """Return loss, baseline loss, KL and agreement of each predicted token: [sequence_length - 1 - prompt] float64."""
+    logits, reference = (block_logits(each, ids)[prompt:] for each in (model, baseline))
     if logits.shape[1] != reference.shape[1]:
         raise EvaluationError(
             f"the model's vocabulary has {logits.shape[1]:,} tokens, the baseline's {reference.shape[1]:,}",
@@ -104,7 +107,7 @@ def _compare_block(
             hint="Compare with the model it was made from.",
         )
     columns: tuple[list[Tensor], ...] = ([], [], [], [])
-    pairs = zip(chunks(logits, positions_at_once), chunks(reference, positions_at_once), strict=True)
+    pairs = zip(*(chunks(each, positions_at_once, prompt) for each in (logits, reference)), strict=True)
     for (start, chunk), (_, other) in pairs:
         q = log_likelihoods(chunk, index, start)  # [positions, vocabulary] float32
         p = log_likelihoods(other, index, start).to(q.device)

@@ -3,6 +3,9 @@
 Every token of a block but its first is predicted from the tokens before it in the block. Losses are negative
 log likelihoods in nats: log-softmax in float32, sums in float64. The standard error comes from the mean
 losses of the blocks, which are independent draws as far as tokens of one text can be.
+
+Of a model whose neurons are chosen by the prompt (see `runtime.gates`), the first part of a block is the prompt: it is
+read, and the rest is scored. A baseline beside it is scored on the same tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from sparsekit.data import TokenBlocks
 from sparsekit.errors import CalibrationError, EvaluationError, NonFinite
 from sparsekit.lazy import torch
 from sparsekit.progress import Reporter, Silent, track
+from sparsekit.runtime.gates import prompt_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,14 +33,16 @@ class TokenLosses:
     """Negative log likelihoods of a model on blocks.
 
     Attributes:
-        per_token: [samples, sequence_length - 1] float64, in nats.
+        per_token: [samples, sequence_length - 1 - prompt] float64, in nats.
         source: Where the text came from.
         sequence_length: Tokens per block.
+        prompt: Leading tokens of each block that are only read; their predictions are not scored.
     """
 
     per_token: Tensor
     source: str
     sequence_length: int
+    prompt: int = 0
 
     @property
     def per_block(self) -> Tensor:
@@ -55,6 +61,7 @@ class Perplexity:
         tokens: Number of predicted tokens.
         sequence_length: Tokens per block.
         source: Where the text came from.
+        prompt: Leading tokens of each block that are only read.
     """
 
     perplexity: float
@@ -63,6 +70,7 @@ class Perplexity:
     tokens: int
     sequence_length: int
     source: str
+    prompt: int = 0
 
 
 def score(
@@ -88,16 +96,17 @@ def score(
         EvaluationError: Token ids that the model's vocabulary does not have.
     """
     check_blocks(model, blocks)
+    prompt = prompt_tokens(model, blocks.sequence_length)
     rows = []
     for index in track(range(blocks.samples), reporter or Silent(), task, blocks.samples, "sequences"):
         ids = blocks.ids[index]
-        logits = block_logits(model, ids)  # [sequence_length - 1, vocabulary]
+        logits = block_logits(model, ids)[prompt:]  # [sequence_length - 1 - prompt, vocabulary]
         losses = [
             -log_likelihoods(chunk, index, start).gather(1, _targets(ids, start, chunk))[:, 0]
-            for start, chunk in chunks(logits, positions_at_once)
+            for start, chunk in chunks(logits, positions_at_once, prompt)
         ]
         rows.append(torch.cat(losses).double().cpu())
-    return TokenLosses(torch.stack(rows), blocks.source, blocks.sequence_length)
+    return TokenLosses(torch.stack(rows), blocks.source, blocks.sequence_length, prompt)
 
 
 def summarise(losses: TokenLosses) -> Perplexity:
@@ -112,6 +121,7 @@ def summarise(losses: TokenLosses) -> Perplexity:
         tokens=losses.per_token.numel(),
         sequence_length=losses.sequence_length,
         source=losses.source,
+        prompt=losses.prompt,
     )
 
 
@@ -148,10 +158,10 @@ def block_logits(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-def chunks(logits: Tensor, positions_at_once: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first position, logits [at most positions_at_once, vocabulary])."""
+def chunks(logits: Tensor, positions_at_once: int, first: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """Yield (position in the block, logits [at most positions_at_once, vocabulary]); the logits begin at `first`."""
     for start in range(0, logits.shape[0], positions_at_once):
-        yield start, logits[start : start + positions_at_once]
+        yield first + start, logits[start : start + positions_at_once]
 
 
 def log_likelihoods(chunk: Tensor, block: int, start: int) -> Tensor:

@@ -84,7 +84,8 @@ def _notes(report: EvaluationReport) -> list[str]:
         notes.append(f"baseline: {_short(report.baseline)}")
     if report.perplexity is not None:
         text = report.perplexity
-        notes.append(f"text: {text.source}; {text.tokens:,} tokens, sequence length {text.sequence_length:,}")
+        prompt = f", the first {text.prompt:,} of each a prompt that is not scored" if text.prompt else ""
+        notes.append(f"text: {text.source}; {text.tokens:,} tokens, sequence length {text.sequence_length:,}{prompt}")
     notes += [f"null {null.name}: {NULLS[null.name]}" for null in report.nulls]
     if report.tasks:
         limit = f"first {report.limit} documents of each task" if report.limit else "all documents"

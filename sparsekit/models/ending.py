@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def losses_behind(model: LazyModel, samples: Tensor, hidden: Sequence[Tensor]) -> Tensor:
+def losses_behind(model: LazyModel, samples: Tensor, hidden: Sequence[Tensor], prompt: int = 0) -> Tensor:
     """Return the mean loss of each sample, in nats per predicted token, [samples] float64.
 
     Args:
         model: Nothing of it needs to be loaded.
         samples: ids [samples, sequence_length].
         hidden: What leaves the last block, [..., sequence_length, hidden] per sample.
+        prompt: Leading tokens that predict nothing that counts.
     """
     if not len(samples):  # of fewer samples than ranks
         return torch.zeros(0, dtype=torch.float64)
@@ -34,8 +35,8 @@ def losses_behind(model: LazyModel, samples: Tensor, hidden: Sequence[Tensor]) -
             for block in blocks:
                 block.__dict__["forward"] = _returning(template(states.clone()))  # shadows the method
             with torch.no_grad():
-                logits = model.module(input_ids=ids[None], use_cache=False).logits[0, :-1]
-            losses[index] = torch.nn.functional.cross_entropy(logits.float(), ids[1:]).double()
+                logits = model.module(input_ids=ids[None], use_cache=False).logits[0, prompt:-1]
+            losses[index] = torch.nn.functional.cross_entropy(logits.float(), ids[1 + prompt :]).double()
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)

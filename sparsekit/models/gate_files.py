@@ -20,7 +20,7 @@ from sparsekit.checkpoint.source import SIDECAR
 from sparsekit.contracts import Remainder
 from sparsekit.errors import CheckpointError, VersionError
 from sparsekit.lazy import torch
-from sparsekit.models.gates import Gate, Gaussian, Placed, Threshold, TopK
+from sparsekit.models.gates import Gate, Gaussian, OfPrompt, Placed, Threshold, TopK
 from sparsekit.models.raw import read_tensor, to_raw
 
 if TYPE_CHECKING:
@@ -50,9 +50,29 @@ class GateFile:
     weights: Mapping[str, int]
     shares: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def by_prompt(self) -> bool:
+        """Whether neurons are chosen by the prompt, and not entries at every token."""
+        return any(isinstance(placed.gate, OfPrompt) for placed in self.gates.values())
 
-def protocol(dense_tokens: int, prefill: str) -> str:
+    @property
+    def protocol(self) -> str:
+        """Which tokens are thinned out, in words."""
+        return protocol(self.dense_tokens, self.prefill, by_prompt=self.by_prompt)
+
+
+def prompt_of(tokens: int) -> int:
+    """Return how many leading tokens of a text that is scored are its prompt, where neurons are chosen by one."""
+    return tokens // 2
+
+
+def protocol(dense_tokens: int, prefill: str, *, by_prompt: bool) -> str:
     """Return which tokens are thinned out, in words; published figures differ mostly in that."""
+    if by_prompt:
+        return (
+            "the second half of a text, by what its first half has used; perplexity is that of the second half; in "
+            "generation the prompt is dense, and each prompt chooses anew"
+        )
     kept = "token" if dense_tokens == 1 else f"{dense_tokens} tokens"
     first = f"all but the first {kept} of a text" if dense_tokens else "all tokens"
     return f"{first}; in generation the prompt is {prefill}"
@@ -73,6 +93,8 @@ def gate_file_bytes(content: GateFile) -> bytes:
                 tensors[f"{name}.act_importance"] = w
             case Gaussian(deviations):
                 facts |= {"rule": "gaussian", "deviations": deviations}
+            case OfPrompt(count):
+                facts |= {"rule": "prompt", "count": count}
         if placed.remainder is not None:
             facts["remainder"] = placed.remainder.sparsity
             tensors[f"{name}.act_left"] = placed.remainder.left.contiguous()
@@ -113,8 +135,15 @@ def read_gate_file(folder: Path) -> GateFile | None:
         said["weights"],
         {name: facts["share"] for name, facts in said["sites"].items() if facts.get("share") is not None},
     )
+    if found.by_prompt and (found.prefill == "sparse" or not all(_by_prompt(each) for each in gates.values())):
+        why = "the prompt is not dense" if found.prefill == "sparse" else "other rules stand beside it"
+        raise CheckpointError(f"neurons are chosen by the prompt, but {why}", where=str(path), hint=_HINT)
     _require_weights(found, folder)
     return found
+
+
+def _by_prompt(placed: Placed) -> bool:
+    return isinstance(placed.gate, OfPrompt)
 
 
 def weight_sizes(folder: Path) -> dict[str, int]:
@@ -193,8 +222,10 @@ class _Reader:
     def placed(self, name: str, facts: Mapping[str, Any]) -> Placed:
         """Return the gate of a signal."""
         kind = facts.get("signal")
-        if kind not in ("input", "gate"):
-            raise self.wrong(name, f"signal {kind!r}, needed input or gate")
+        if kind not in ("input", "gate", "neurons"):
+            raise self.wrong(name, f"signal {kind!r}, needed input, gate or neurons")
+        if (kind == "neurons") != (facts.get("rule") == "prompt"):
+            raise self.wrong(name, f"rule {facts.get('rule')!r} at signal {kind}; rule prompt and neurons go together")
         if facts.get("share") is not None and self.number(name, facts, "share") > 1:
             raise self.wrong(name, f"share {facts['share']!r}, needed 0 to 1")
         remainder = None
@@ -213,13 +244,18 @@ class _Reader:
         if rule == "threshold":
             return Threshold(self.sizes(f"{name}.act_threshold"))  # of experts a row each
         if rule == "top_k":
-            count = facts.get("count")
-            if type(count) is not int or count < 1:
-                raise self.wrong(name, f"count {count!r}, needed a whole number above 0")
-            return TopK(count, self.sizes(f"{name}.act_importance"))
+            return TopK(self.count(name, facts), self.sizes(f"{name}.act_importance"))
+        if rule == "prompt":
+            return OfPrompt(self.count(name, facts))
         if rule == "gaussian":
             return Gaussian(self.number(name, facts, "deviations"))
-        raise self.wrong(name, f"rule {rule!r}, needed threshold, top_k or gaussian")
+        raise self.wrong(name, f"rule {rule!r}, needed threshold, top_k, gaussian or prompt")
+
+    def count(self, name: str, facts: Mapping[str, Any]) -> int:
+        count = facts.get("count")
+        if type(count) is not int or count < 1:
+            raise self.wrong(name, f"count {count!r}, needed a whole number above 0")
+        return count
 
     def number(self, name: str, facts: Mapping[str, Any], key: str) -> float:
         value = facts.get(key)

@@ -1,8 +1,8 @@
 """Does a gate that a file describes belong at the module that it names?
 
 Names in the file are paths of modules. They may lead to what a calibrator can have thinned out and to nothing else: the
-input of a linear of a block or of all its experts' projections, and the activated gate of an MLP. A router, the head or
-a norm is never meant, whatever a file says.
+input of a linear of a block or of all its experts' projections, the activated gate of an MLP, the neurons of an MLP. A
+router, the head or a norm is never meant, whatever a file says.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.errors import CheckpointError, UnsupportedFamily
-from sparsekit.lazy import torch
-from sparsekit.models.gates import Gaussian, Placed, Threshold, TopK
+from sparsekit.models.gates import Gaussian, OfPrompt, Placed, Threshold, TopK
 from sparsekit.models.linears import is_experts, projections, routers
 from sparsekit.models.roles import family
-from sparsekit.models.sites import is_activation
+from sparsekit.models.sites import is_activation, neuron_makers
+from sparsekit.models.structure import inside_block
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +46,7 @@ def fitting_module(model: Any, name: str, placed: Placed, where: str) -> nn.Modu
         module = owner if experts else model.get_submodule(name)
     except AttributeError:
         raise wrong("the model has no such module") from None
-    found = _block(model, name)
+    found = inside_block(model, name)
     if found is None:
         raise wrong("it is in no block: only signals inside blocks are thinned out")
     block, inside = found
@@ -56,6 +56,10 @@ def fitting_module(model: Any, name: str, placed: Placed, where: str) -> nn.Modu
         width = _neurons(model, block, inside)
         if width is None:
             raise wrong("signal gate, but its MLP has no gate")
+    elif placed.kind == "neurons":
+        width = None if experts else _neurons_into(model, block, inside)
+        if width is None:
+            raise wrong(f"signal neurons of {type(module).__name__}, which is no down projection of a plain MLP")
     else:
         width = _inputs(module, last if experts else None)
         if width is None or f"{inside}.weight" in routers(block):
@@ -65,15 +69,6 @@ def fitting_module(model: Any, name: str, placed: Placed, where: str) -> nn.Modu
     if problem := _misfit(placed, width, count) or _remainder_misfit(placed, width, module):
         raise wrong(problem)
     return module
-
-
-def _block(model: Any, name: str) -> tuple[nn.Module, str] | None:
-    """Return the block that a module is in, and its name there; None outside of blocks."""
-    parts = name.split(".")
-    for depth in range(1, len(parts) - 1):
-        if isinstance(model.get_submodule(".".join(parts[:depth])), torch.nn.ModuleList):
-            return model.get_submodule(".".join(parts[: depth + 1])), ".".join(parts[depth + 1 :])
-    return None
 
 
 def _inputs(module: nn.Module, projection: str | None) -> int | None:
@@ -98,6 +93,22 @@ def _neurons(model: Any, block: nn.Module, activation: str) -> int | None:
     return None
 
 
+def _neurons_into(model: Any, block: nn.Module, down: str) -> int | None:
+    """Return how many neurons a down projection of a block reads; None where it is none, or no rows make them."""
+    try:
+        makers = neuron_makers(family(model), down)
+        width = _inputs(block.get_submodule(down), None)
+        sizes = [(_outputs(block.get_submodule(maker)), rows) for maker, rows in makers]
+    except (UnsupportedFamily, AttributeError):
+        return None
+    return width if width and sizes and all(found == rows * width for found, rows in sizes) else None
+
+
+def _outputs(module: nn.Module) -> int | None:
+    found = getattr(module, "out_features", None) or getattr(module, "nf", None)
+    return found if isinstance(found, int) else None
+
+
 def _misfit(placed: Placed, width: int, experts: int | None) -> str | None:
     """Say in what a rule does not fit a signal of `width` entries, of so many experts; None where it fits."""
     match placed.gate:
@@ -105,6 +116,8 @@ def _misfit(placed: Placed, width: int, experts: int | None) -> str | None:
             return None
         case TopK(count, _) if count > width:
             return f"the {count} largest of {width} entries would be kept"
+        case OfPrompt(count):
+            return f"{count} of {width} neurons would be kept" if count > width else None
         case Threshold(sizes) | TopK(_, sizes):
             rows = [] if sizes.dim() == 1 else [sizes.shape[0]]
             if sizes.shape[-1] in (1, width) and rows in ([], [experts]):
@@ -117,6 +130,6 @@ def _misfit(placed: Placed, width: int, experts: int | None) -> str | None:
 def _remainder_misfit(placed: Placed, width: int, module: nn.Module) -> str | None:
     if placed.remainder is None:
         return None
-    outputs = getattr(module, "out_features", None) or getattr(module, "nf", None)
+    outputs = _outputs(module)
     found = (placed.remainder.left.shape[0], placed.remainder.right.shape[1])
     return None if found == (outputs, width) else f"a remainder of {list(found)}, the linear is {[outputs, width]}"

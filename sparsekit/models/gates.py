@@ -3,7 +3,8 @@
 A gate stands at the input of a linear, or at the output of the activation of an MLP's gate. What it drops is zero from
 then on, whatever multiplies it: this is the meaning that kernels have to keep to.
 
-The first tokens of a text may be dense, see `Scope`: their activations are unlike all others.
+The first tokens of a text may be dense, see `Scope`: their activations are unlike all others, or they are a prompt that
+entries are chosen by (`OfPrompt`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,15 @@ class Gate(ABC):
     @abstractmethod
     def keep(self, x: Tensor) -> Tensor:
         """Return which entries of `x: [..., width]` are kept, bool of the same shape; NaN is kept."""
+
+    def behind(self, prompt: Tensor, real: Tensor | None = None) -> Gate:
+        """Return the rule for what follows a prompt; most rules look at each token by itself and stay as they are.
+
+        Args:
+            prompt: The signal at its tokens, [..., tokens, width].
+            real: Which of them are no padding, [..., tokens] bool; None: all.
+        """
+        return self
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x with zeros where an entry is dropped."""
@@ -79,6 +89,66 @@ class Gaussian(Gate):
         return ~(size <= bound)
 
 
+@dataclass(frozen=True)
+class OfPrompt(Gate):
+    """Keep, at all tokens behind a prompt, the `count` entries that the prompt has used most; without one, all.
+
+    Attributes:
+        count: At least 1.
+    """
+
+    count: int
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Return that all entries are kept: there is no prompt to choose by."""
+        return torch.ones_like(x, dtype=torch.bool)
+
+    def behind(self, prompt: Tensor, real: Tensor | None = None) -> Gate:
+        """Return the rule that keeps what every text's own prompt has used most."""
+        if not prompt.shape[-2]:
+            return self
+        use, tokens = prompt_use(prompt, real)
+        kept = torch.zeros_like(use, dtype=torch.bool)
+        kept.scatter_(-1, most_used((use / tokens.clamp_min(1)[..., None]).sqrt(), self.count), True)
+        return Always((kept | (tokens == 0)[..., None]).unsqueeze(-2))
+
+
+@dataclass(frozen=True)
+class Always(Gate):
+    """Keep the same entries of every token; `kept`: bool, [width] or [..., 1, width]."""
+
+    kept: Tensor
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Return which entries are kept."""
+        return self.kept.expand(x.shape)
+
+
+def prompt_use(z: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return how much a prompt uses each entry of a signal, the sum over its tokens of (z_tj / |z_t|)^2.
+
+    The sums of a prompt's parts are those of the prompt.
+
+    Args:
+        z: [..., tokens, width].
+        real: Tokens that are no padding, [..., tokens] bool; None: all.
+
+    Returns:
+        [..., width] float32, and the number of tokens counted, [...] int64.
+    """
+    size = z.to(torch.float32)
+    norm = size.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    shares = (size / norm).square()
+    if real is None:
+        return shares.sum(dim=-2), torch.full(z.shape[:-2], z.shape[-2], device=z.device)
+    return torch.where(real[..., None], shares, 0).sum(dim=-2), real.sum(dim=-1)
+
+
+def most_used(score: Tensor, count: int) -> Tensor:
+    """Return the places of the `count` highest of `score: [..., width]`, ascending, int64; of equal ones the first."""
+    return score.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(dim=-1).values
+
+
 def half_normal(share: float) -> float:
     """Return how many deviations this share of a centred Gaussian's sizes does not exceed."""
     return math.sqrt(2) * float(torch.erfinv(torch.tensor(share, dtype=torch.float64)))
@@ -90,25 +160,28 @@ class Scope(threading.local):
     Attributes:
         dense: Leading tokens of each text that stay dense.
         texts: Texts in the batch at hand.
+        real: Which of its tokens are no padding, [texts, tokens] bool; None: all, or no rule asks.
         off: No token is thinned out.
     """
 
     def __init__(self, dense: int = 0) -> None:
         self.dense = dense
         self.texts = 1
+        self.real: Tensor | None = None
         self.off = False
 
     def thinned(self, gate: Gate, x: Tensor) -> Tensor:
         """Return `x: [texts, tokens, width]` or [texts * tokens, width] with small entries left out."""
         if self.off:
             return x
-        kept = gate(x)
         dense = self.dense
         if not dense:
-            return kept
+            return gate(x)
         by_text = x.dim() > 2 or x.shape[0] % self.texts
-        whole, part = (x, kept) if by_text else (t.reshape(self.texts, -1, x.shape[-1]) for t in (x, kept))
-        return torch.cat([whole[..., :dense, :], part[..., dense:, :]], dim=-2).reshape(x.shape)
+        whole = x if by_text else x.reshape(self.texts, -1, x.shape[-1])
+        first, rest = whole[..., :dense, :], whole[..., dense:, :]
+        rule = gate.behind(first, None if self.real is None else self.real[..., :dense])
+        return torch.cat([first, rule(rest)], dim=-2).reshape(x.shape)
 
 
 @dataclass(frozen=True)
@@ -116,7 +189,7 @@ class Placed:
     """A gate and where it stands.
 
     Attributes:
-        kind: At the input of a linear, or at the output of an activation.
+        kind: At the output of an activation (`gate`), or at the input of a linear.
         gate: The rule.
         remainder: What stands in for what is dropped.
     """

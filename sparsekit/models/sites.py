@@ -1,4 +1,4 @@
-"""The signals of a block that can be thinned out: inputs of linears, activated gates of MLPs."""
+"""The signals of a block that can be thinned out: inputs of linears, activated gates and neurons of MLPs."""
 
 from __future__ import annotations
 
@@ -78,6 +78,46 @@ def gate_places(model: Any, stack: Stack, index: int) -> list[Place]:
     ]
 
 
+def neuron_places(model: Any, stack: Stack, index: int) -> list[Place]:
+    """Return what the down projections of a block's MLPs multiply, as neurons that can go with all their weights.
+
+    Raises:
+        UnsupportedFamily: The block's MLPs are experts, or not as the roles of its family say.
+    """
+    spec, prefix = family(model), f"{stack.prefix(index)}."
+    linears = {linear.name.removeprefix(prefix): linear for linear in stack.linears(index)}
+    found = {down: makers for down in linears if (makers := neuron_makers(spec, down))}
+    if any(linear.expert is not None for linear in linears.values()) or not found:
+        raise UnsupportedFamily(
+            f"{type(model).__name__}: its MLPs are experts, of which each token uses others",
+            where=prefix.removesuffix("."),
+            hint="Use a method that thins out inputs, such as teal or wina.",
+        )
+    places = []
+    for down, makers in found.items():
+        reader = linears[down]
+        width = reader.info.in_features
+        for maker, rows in makers:
+            if maker not in linears or linears[maker].info.out_features != rows * width:
+                raise UnsupportedFamily(f"its {width} neurons are not the outputs of {maker}", where=reader.name)
+        skips = (*(linears[maker].info for maker, _ in makers), reader.info)
+        places.append(Place(Site(reader.name, "neurons", index, width, skips, "down"), reader.module, (reader,)))
+    return places
+
+
+def neuron_makers(spec: FamilySpec, down: str) -> tuple[tuple[str, int], ...]:
+    """Return the linears that make the inputs of a down projection of a plain MLP, all names relative to the block.
+
+    Returns:
+        (name, rows for a neuron), the second row of a neuron as far from the first as there are neurons; nothing if
+        `down` is no such projection.
+    """
+    for mlp in spec.mlps:
+        if mlp.down == down and "*" not in down and mlp.rows != "pairs":
+            return ((mlp.up, 2),) if mlp.rows == "halves" else tuple((name, 1) for name in (mlp.gate, mlp.up) if name)
+    return ()
+
+
 def _gate_place(model: Any, stack: Stack, index: int, mlp: MLP, linears: dict[str, Linear], down: str) -> Place:
     prefix, name = stack.prefix(index), type(model).__name__
     if mlp.gate is None or linears[down].expert is not None:
@@ -138,7 +178,7 @@ def in_order(places: Collection[Place], sequence: list[list[Linear]]) -> list[li
         places: Of one block.
         sequence: Its linears in the order they run, see `OpenBlock.sequence`.
     """
-    by_reader = {reader.name: place for place in places for reader in place.readers if place.site.kind == "input"}
+    by_reader = {reader.name: place for place in places for reader in place.readers if place.site.kind != "gate"}
     gates = {place.readers[0].name: place for place in places if place.site.kind == "gate"}
     steps: list[list[Place]] = []
     seen: set[str] = set()

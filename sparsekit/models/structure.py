@@ -73,3 +73,12 @@ def find_stack(model: nn.Module) -> Stack:
             hint="sparsekit handles decoder-only models whose blocks stand in one ModuleList.",
         )
     return Stack(best[1], tuple(best[2]))
+
+
+def inside_block(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """Return the block that a module of a model is in, and its name there; None outside of blocks."""
+    parts = name.split(".")
+    for depth in range(1, len(parts) - 1):
+        if isinstance(model.get_submodule(".".join(parts[:depth])), torch.nn.ModuleList):
+            return model.get_submodule(".".join(parts[: depth + 1])), ".".join(parts[depth + 1 :])
+    return None

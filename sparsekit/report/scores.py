@@ -101,8 +101,10 @@ def _task(row: Mapping[str, Any]) -> ScoreRow:
 def _notes(evaluation: Mapping[str, Any], compared: bool) -> list[str]:
     notes = []
     if text := evaluation.get("perplexity"):
+        prompt = f", the first {text['prompt']:,} of each a prompt that is not scored" if text.get("prompt") else ""
         notes.append(
-            f"Text: {text['source']}; {text['tokens']:,} predicted tokens, sequence length {text['sequence_length']:,}."
+            f"Text: {text['source']}; {text['tokens']:,} predicted tokens, sequence length "
+            f"{text['sequence_length']:,}{prompt}."
         )
     if evaluation["tasks"]:
         limit = evaluation.get("limit")

@@ -27,10 +27,14 @@ class StreamingLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input W^T + b` for `input: [..., in]`."""
-        weight = self.weight
-        if input.numel() <= FEW_TOKENS * self.in_features and _streams(input, weight):
-            return ops.linear_dense(input, weight, self.bias)
-        return nn.functional.linear(input, weight, self.bias)
+        return product(input, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `x W^T + b` for `x: [..., in]` and `weight: [out, in]`, by the kernel for a few tokens, else by torch."""
+    if x.numel() <= FEW_TOKENS * weight.shape[1] and _streams(x, weight):
+        return ops.linear_dense(x, weight, bias)
+    return nn.functional.linear(x, weight, bias)
 
 
 def _streams(x: Tensor, weight: Tensor) -> bool:

@@ -29,12 +29,13 @@ TOGETHER = 8
 class Dropped(Stat):
     """Entries that a gate drops."""
 
-    def __init__(self, in_features: int, keep: Callable[[Tensor], Tensor] | None = None, skip: int = 0) -> None:
+    def __init__(self, in_features: int, keep: Callable[[Tensor, Tensor], Tensor] | None = None, skip: int = 0) -> None:
         """Start empty.
 
         Args:
             in_features: Width of the signal.
-            keep: Returns which entries of [tokens, in] a gate keeps; None: those that are not zero.
+            keep: Returns which entries a gate keeps, [tokens, in] bool, given the `skip` tokens in front and the
+                tokens behind; None: those that are not zero.
             skip: Leading tokens of each sample that are not counted.
         """
         super().__init__(in_features)
@@ -47,7 +48,7 @@ class Dropped(Stat):
 
     def update(self, x: Tensor) -> None:
         """Add the tokens of one sample, `x: [tokens, in]`."""
-        dropped = ~self.keep(x[self.skip :])
+        dropped = ~self.keep(x[: self.skip], x[self.skip :])
         self.per_channel += dropped.sum(dim=0)
         self._squares += float(dropped.to(torch.float32).mean(dim=1).square().sum(dtype=torch.float64))
         self.tokens += dropped.shape[0]
@@ -92,5 +93,5 @@ class Dropped(Stat):
         return (1 - self.per_channel / max(self.tokens, 1)).to(torch.float32)
 
 
-def _not_zero(x: Tensor) -> Tensor:
+def _not_zero(first: Tensor, x: Tensor) -> Tensor:
     return x != 0

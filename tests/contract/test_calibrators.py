@@ -16,6 +16,7 @@ from sparsekit.stats.absolute import Absolute
 METHODS = registry.names("activations")
 OUT, IN = 24, 16
 INPUT = Site("x.up_proj", "input", 0, IN, (LinearInfo("x.up_proj", 0, OUT, IN),), "query")
+NEURONS = Site("x.down_proj", "neurons", 0, IN, (LinearInfo("x.down_proj", 0, OUT, IN),))
 GATE = Site("x.act_fn", "gate", 0, IN, (LinearInfo("x.down_proj", 0, OUT, IN),), up="x.up_proj")
 
 
@@ -38,7 +39,7 @@ def means(values: torch.Tensor) -> dict[str, Absolute]:
 def test_importance_is_one_size_per_entry_and_weights_stay(name):
     method, w = calibrator(name), weight()
     before = w.clone()
-    sites = [site for site in (INPUT, GATE) if method.covers(site)]
+    sites = [site for site in (INPUT, GATE, NEURONS) if method.covers(site)]
     assert sites
     for site in sites:
         found = method.importance(site, w, means(torch.ones(2, IN)) if site.kind == "gate" else {})
