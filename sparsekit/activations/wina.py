@@ -6,9 +6,10 @@ Source: Chen et al. 2025, "WINA: Weight Informed Neuron Activation for Accelerat
     arXiv 2505.19427
 Shapes: W [out, in] -> w [in]; threshold t_j = tau / w_j, [in].
 Cost: one pass over the weights, one histogram per linear.
-Deviations: the plain form: column norms at every linear and no rotation. The authors' code rotates the residual stream
-    and uses norms in k and gate only; that costs two products of hidden x hidden per block. A calibrated threshold
-    instead of a selection per token (`topk` with `weigh: columns` is that).
+Deviations: column norms at every linear, and no rotation of its own. The authors' code rotates the residual stream and
+    uses norms in k and gate only. The stage `reshape: rotate` in front (recipe `wina-rotated-50`) does the first, for
+    two products of hidden x hidden per block. A calibrated threshold instead of a selection per token (`topk` with
+    `weigh: columns` is that).
 Numbers: SmolLM2-135M see docs/results.md.
 """
 
