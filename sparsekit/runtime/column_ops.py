@@ -47,7 +47,7 @@ def column_major(weight: Tensor) -> Tensor:
 
 
 def pack_columns(weight: Tensor) -> Tensor:
-    """Return a bf16 `weight: [out, in]` without its zeros, for `linear_columns_packed`.
+    """Return a bf16 `weight: [out, in]` in fewer bytes and without its zeros, for `linear_columns_packed`.
 
     A weight is stored unless all its bits are 0: a negative zero and the bits of a NaN are kept.
 
@@ -63,11 +63,15 @@ def pack_columns(weight: Tensor) -> Tensor:
         raise KernelError(f"weight is {weight.dtype} {list(weight.shape)}, needed a matrix of bfloat16")
     (rows, cols), lib, threads = weight.shape, native.library(), torch.get_num_threads()
     held = weight.detach().t().contiguous()
-    size = lib.sk_columns_bytes(held.data_ptr(), rows, cols, threads)
-    if size < 0:
-        raise KernelError(f"a weight {list(weight.shape)} that cannot be packed by columns")
-    packed = native.allocate(size)
-    native.check(lib.sk_columns_pack(held.data_ptr(), rows, cols, packed.data_ptr(), size, threads), "pack_columns")
+    plan = ctypes.c_void_p()
+    status = lib.sk_columns_plan_create(held.data_ptr(), rows, cols, threads, ctypes.byref(plan))
+    native.check(status, "pack_columns")
+    try:
+        size = lib.sk_columns_plan_bytes(plan)
+        packed = native.allocate(size)
+        native.check(lib.sk_columns_plan_pack(plan, packed.data_ptr(), size, threads), "pack_columns")
+    finally:
+        lib.sk_columns_plan_free(plan)
     return packed
 
 
@@ -88,7 +92,7 @@ def unpack_columns(packed: Tensor) -> Tensor:
     """Return the bf16 weight [out, in] of a buffer of `pack_columns`, bit for bit, stored column by column.
 
     Raises:
-        KernelError: Not such a buffer, or a damaged one.
+        KernelError: Not such a buffer. Its records are trusted: see `prove_columns`.
     """
     rows, cols, _ = packed_columns_info(packed)
     held = torch.empty((cols, rows), dtype=torch.bfloat16)
@@ -97,6 +101,17 @@ def unpack_columns(packed: Tensor) -> Tensor:
     )
     native.check(status, "packed columns")
     return held.t()
+
+
+def prove_columns(packed: Tensor) -> None:
+    """Look at every record of a buffer of `pack_columns`.
+
+    Raises:
+        KernelError: Not such a buffer, or a damaged one.
+    """
+    packed_columns_info(packed)
+    status = native.library().sk_columns_prove(packed.data_ptr(), packed.numel(), torch.get_num_threads())
+    native.check(status, "packed columns")
 
 
 def linear_columns(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 LIBRARY = Path(__file__).parent / "_lib" / "libsparsekit_kernels.so"
-ABI_VERSION = 5
+ABI_VERSION = 6
 _HUGE = 2 << 20
 
 
@@ -108,8 +108,11 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "sk_linear_group": (c_int, (POINTER(Call), c_int)),
     "sk_dense": (c_int, (POINTER(Call), c_void_p, c_int64, c_int64, c_int32)),
     "sk_columns": (c_int, (POINTER(Call), c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int64)),
-    "sk_columns_bytes": (c_int64, (c_void_p, c_int64, c_int64, c_int)),
-    "sk_columns_pack": (c_int, (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int)),
+    "sk_columns_plan_create": (c_int, (c_void_p, c_int64, c_int64, c_int, POINTER(c_void_p))),
+    "sk_columns_plan_bytes": (c_int64, (c_void_p,)),
+    "sk_columns_plan_pack": (c_int, (c_void_p, c_void_p, c_int64, c_int)),
+    "sk_columns_plan_free": (None, (c_void_p,)),
+    "sk_columns_prove": (c_int, (c_void_p, c_int64, c_int)),
     "sk_columns_unpack": (c_int, (c_void_p, c_int64, c_void_p, c_int)),
     "sk_columns_info": (c_int, (c_void_p, c_int64, POINTER(c_int64))),
     "sk_columns_packed": (c_int, (POINTER(Call), c_void_p, c_int64)),

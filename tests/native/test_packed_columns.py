@@ -165,21 +165,54 @@ def test_damaged_headers_are_refused() -> None:
         column_ops.unpack_columns(packed.view(torch.int8))
 
 
-def test_damaged_records_are_found_when_they_are_unpacked() -> None:
+def test_damaged_records_are_found_where_they_are_proven() -> None:
     packed = column_ops.pack_columns(holed(100, 20, 0.5))
     records = 64 + -(-4 * (20 + 1) // 64) * 64
-    column_ops.unpack_columns(packed)
-    wrong = [
-        damaged(packed, 64, 1),
-        damaged(packed, 68, 0),
-        damaged(packed, 72, 1 << 31),
-        damaged(packed, 24, 5),
-        damaged(packed, 8, 7),
-    ]
-    wrong += [damaged(packed, records, 0), damaged(packed, records + 4, 0xFFFFFFFF), damaged(packed, records + 8, 0, 2)]
+    column_ops.prove_columns(packed)
+    wrong = [damaged(packed, 64, 1), damaged(packed, 68, 0), damaged(packed, 72, 1 << 31), damaged(packed, 24, 5)]
+    wrong += [damaged(packed, 8, 7), damaged(packed, 40, 5)]
+    wrong += [damaged(packed, records + at, value, size) for at, value, size in (
+        (16, 5, 2), (18, 9, 2), (18, 0xFFFF, 2), (24, 0, 4), (24, 0xFFFFFFFF, 4), (32, 0xFFFFFFFFFFFFFFFF, 8)
+    )]  # fmt: skip
     for each in wrong:
         with pytest.raises(KernelError, match="not a packed weight"):
-            column_ops.unpack_columns(each)
+            column_ops.prove_columns(each)
+
+
+def test_high_bytes_of_every_kind(isa: str) -> None:
+    """Codes of three and four bits, patches, columns of whole high bytes: each alone, and mixed."""
+    torch.manual_seed(3)
+    plain = torch.randn(200, 40).bfloat16()
+    pruned = torch.where(plain.abs() > 0.7, plain, 0.0).bfloat16()
+    wild = torch.randint(-(1 << 15), 1 << 15, (200, 40), dtype=torch.int16)
+    wild[(wild & 0x7F80) == 0x7F80] = 1  # neither infinity nor NaN
+    wild = torch.where(wild.view(torch.bfloat16).abs() < 1e4, wild, 3)
+    patched, mixed = pruned.clone(), pruned.clone()
+    patched[::50, ::7] = 2.0**20
+    mixed[:, ::5] = wild.view(torch.bfloat16)[:, ::5]
+    assert width(pruned) == 3
+    assert width(plain) == 4
+    for weight in (plain, pruned, wild.view(torch.bfloat16), patched, mixed):
+        packed = column_ops.pack_columns(weight)
+        column_ops.prove_columns(packed)
+        assert torch.equal(column_ops.unpack_columns(packed).view(torch.int16), weight.view(torch.int16))
+        for tokens in (1, 3, 4):
+            x, threshold = torch.randn(tokens, 40), torch.tensor([0.4])
+            y = product(x, packed, 200, threshold)
+            assert largest_error(y, masked(x, threshold), weight) < TOLERANCE
+
+
+def width(weight: torch.Tensor) -> int:
+    """Return the bits of a code."""
+    return int(column_ops.pack_columns(weight)[40])
+
+
+def test_fewer_bytes_than_plain() -> None:
+    """A normal weight takes 13 bits where it has no holes, 7 where half of it is missing."""
+    weight = torch.randn(2048, 64).bfloat16()
+    pruned = torch.where(weight.abs() > 0.6745, weight, 0.0).bfloat16()
+    assert column_ops.pack_columns(weight).numel() < 13.5 / 16 * 2 * weight.numel()
+    assert column_ops.pack_columns(pruned).numel() < 7.2 / 16 * 2 * weight.numel()
 
 
 def test_what_cannot_be_packed_is_refused() -> None:

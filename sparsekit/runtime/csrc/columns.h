@@ -47,6 +47,8 @@ struct ColumnKernels {
                    float* sums, int64_t ld);
   // The same for a panel of a packed weight; the sums have room for a multiple of 64 outputs.
   void (*packed)(const PackedColumns& w, const Kept& kept, int64_t panel, float* sums, int64_t ld);
+  // One column of a panel: all its outputs.
+  void (*unpack)(const PackedColumns& w, int64_t panel, int64_t column, uint16_t* to);
   // out [tokens][ld] = x [tokens][x_ld] times each of the rows.
   void (*rows)(const RowList& w, const float* x, int64_t x_ld, int64_t tokens, float* out, int64_t ld);
 };

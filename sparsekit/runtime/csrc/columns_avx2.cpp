@@ -36,5 +36,5 @@ struct V {
 }  // namespace
 
 extern const ColumnKernels kColumnsAvx2;
-const ColumnKernels kColumnsAvx2 = {generic_select, multiply<V>, generic_packed, rows<V>};
+const ColumnKernels kColumnsAvx2 = {generic_select, multiply<V>, generic_packed, generic_unpack, rows<V>};
 }  // namespace sk

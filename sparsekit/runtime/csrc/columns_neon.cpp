@@ -31,5 +31,5 @@ struct V {
 }  // namespace
 
 extern const ColumnKernels kColumnsNeon;
-const ColumnKernels kColumnsNeon = {generic_select, multiply<V>, generic_packed, rows<V>};
+const ColumnKernels kColumnsNeon = {generic_select, multiply<V>, generic_packed, generic_unpack, rows<V>};
 }  // namespace sk

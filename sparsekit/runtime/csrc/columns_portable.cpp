@@ -25,5 +25,5 @@ struct V {
 }  // namespace
 
 extern const ColumnKernels kColumnsPortable;
-const ColumnKernels kColumnsPortable = {generic_select, multiply<V>, generic_packed, rows<V>};
+const ColumnKernels kColumnsPortable = {generic_select, multiply<V>, generic_packed, generic_unpack, rows<V>};
 }  // namespace sk

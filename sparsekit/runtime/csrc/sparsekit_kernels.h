@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define SK_ABI_VERSION 5
+#define SK_ABI_VERSION 6
 #define SK_TAIL 64 /* zero bytes behind every stream of a packed buffer; kernels may read them */
 
 enum sk_status {
@@ -142,14 +142,18 @@ SK_API int sk_dense(const sk_call* call, const void* weight, int64_t rows, int64
 #define SK_COLUMN_TOKENS 4
 SK_API int sk_columns(const sk_call* call, const void* weight, int64_t rows, int64_t cols, int32_t w_dtype,
                       const float* thresholds, int64_t count);
-/* The same with a bf16 weight whose zeros are passed over too, in a buffer of its own: a weight is stored unless all its
-   bits are 0. sk_columns_pack makes it of dense [cols][rows], sk_columns_bytes is its size (-1: a bad argument, too
-   large, or no memory) and sk_columns_unpack gives dense back bit for bit. Only sk_columns_unpack proves
-   all of a buffer, the others check its header: SK_BAD_PACKED. Info: rows, columns, values. */
-SK_API int64_t sk_columns_bytes(const void* dense, int64_t rows, int64_t cols, int threads);
-SK_API int sk_columns_pack(const void* dense, int64_t rows, int64_t cols, void* out, int64_t out_bytes, int threads);
-SK_API int sk_columns_unpack(const void* packed, int64_t bytes, void* dense, int threads);
+/* The same with a bf16 weight in a buffer of its own, in fewer bytes and without zeros, which are passed over too: a
+   weight is stored unless all its bits are 0. A plan makes it of dense [cols][rows], which must stay alive until
+   sk_columns_plan_free; sk_columns_unpack gives dense back bit for bit. Only sk_columns_prove looks at all of a buffer,
+   the others at its header: SK_BAD_PACKED. Info: rows, columns, values. */
+typedef struct sk_columns_plan sk_columns_plan;
+SK_API int sk_columns_plan_create(const void* dense, int64_t rows, int64_t cols, int threads, sk_columns_plan** plan);
+SK_API int64_t sk_columns_plan_bytes(const sk_columns_plan* plan);
+SK_API int sk_columns_plan_pack(const sk_columns_plan* plan, void* out, int64_t out_bytes, int threads);
+SK_API void sk_columns_plan_free(sk_columns_plan* plan);
 SK_API int sk_columns_info(const void* packed, int64_t bytes, int64_t info[3]);
+SK_API int sk_columns_prove(const void* packed, int64_t bytes, int threads);
+SK_API int sk_columns_unpack(const void* packed, int64_t bytes, void* dense, int threads);
 SK_API int sk_columns_packed(const sk_call* call, const float* thresholds, int64_t count);
 /* Up to SK_COLUMN_TOKENS tokens times the rows of a plain row-major weight [rows, cols] that some token keeps: keep
    [tokens][keep_stride], not 0 = kept. Where a token does not keep a row its result is 0, without bias. */
