@@ -22,7 +22,7 @@ from sparsekit.models.gate_files import GateFile
 from sparsekit.models.gates import Gated, Placed, Scope, Threshold
 from sparsekit.models.sites import Place, gate_places
 from sparsekit.models.structure import find_stack
-from sparsekit.runtime import buffers
+from sparsekit.runtime import buffers, native
 from sparsekit.runtime.column_ops import (
     FEW_TOKENS,
     column_major,
@@ -36,6 +36,8 @@ from sparsekit.runtime.modules import SparseLinear
 LEAST_SHARE = 0.1
 """Of a signal left out, from which on skipping is no slower than multiplying: see docs/results.md."""
 _DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
+_APART = 1.2
+"""How much longer a byte takes to read of columns that do not follow each other (scripts/bench/activation_kernels)."""
 _NOTHING = torch.zeros(1)
 """A threshold that passes over exact zeros only."""
 
@@ -158,8 +160,10 @@ def _columns(module: nn.Module, placed: Placed, scope: Scope, share: float) -> G
         rows = module.packed
         if rows is None or module.dtype != torch.bfloat16 or module.transposed:
             return None
+        if not native.isa().startswith("avx512"):  # elsewhere packed columns are expanded value by value
+            return None
         packed = pack_columns(buffers.unpack(rows).to(torch.bfloat16))
-        pays = packed.numel() * (1 - share) < rows.numel()
+        pays = packed.numel() * (1 - share) * _APART < rows.numel()
         return GatedColumns(module, placed, scope, packed) if pays else None
     return GatedColumns(module, placed, scope) if _store_by_column(module) else None
 

@@ -66,20 +66,22 @@ void select(const Inputs& in, Kept& kept) {
 // --- packed columns --------------------------------------------------------------------------------------------
 constexpr int64_t kRecordsAhead = 16384;  // bytes, of all records together
 
-// How codes of kWidth bits become bytes: to each eight bytes those that hold eight codes; their shifts; their bits.
+// How codes of kWidth bits become bytes: to each eight bytes come those that hold eight codes, and are shifted.
 template <int kWidth>
-struct Codes {
-  __m512i places, shifts, bits;
-  Codes() {
-    alignas(64) uint8_t place[64], shift[64];
+struct CodeTables {
+  alignas(64) uint8_t place[64], shift[64];
+  constexpr CodeTables() : place(), shift() {
     for (int i = 0; i < 64; ++i) {
       place[i] = uint8_t(kWidth * (i / 8) + (i % 8 < kWidth ? i % 8 : 0));
       shift[i] = uint8_t(kWidth * (i % 8));
     }
-    places = _mm512_load_si512(place);
-    shifts = _mm512_load_si512(shift);
-    bits = _mm512_set1_epi8((1 << kWidth) - 1);
   }
+};
+template <int kWidth>
+struct Codes {
+  static constexpr CodeTables<kWidth> kTables{};
+  __m512i places = _mm512_load_si512(kTables.place), shifts = _mm512_load_si512(kTables.shift);
+  __m512i bits = _mm512_set1_epi8((1 << kWidth) - 1);
   __m512i numbers(const uint8_t* at) const {
     const __m512i held = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, held)), bits);
@@ -88,18 +90,19 @@ struct Codes {
 template <>
 struct Codes<kWideCode> {};
 
-// The values of 64 outputs at `values`, which moves behind them: as pairs, `low` has outputs 0..15 and 16..31 of the
-// 64, `high` the others.
+// The values of 64 outputs, whose mask is at `at`, which moves behind them: as pairs, `low` has outputs 0..15 and 16..31
+// of the 64, `high` the others.
 template <int kWidth>
-inline void expand64(const Codes<kWidth>& codes, __m512i dictionary, uint64_t mask, const uint8_t*& values,
-                     __m512i& low, __m512i& high) {
+inline void expand64(const Codes<kWidth>& codes, __m512i dictionary, const uint8_t*& at, __m512i& low, __m512i& high) {
+  const uint64_t mask = load<uint64_t>(at);
   const int64_t count = __builtin_popcountll(mask);
-  const __m512i lows = expand8(_mm512_loadu_si512(values), mask);
+  const uint8_t* behind = at + 8 + count;
+  const __m512i lows = expand8(_mm512_loadu_si512(at + 8), mask);
   __m512i highs;
-  if constexpr (kWidth == kWideCode) highs = _mm512_loadu_si512(values + count);
-  else highs = _mm512_shuffle_epi8(dictionary, codes.numbers(values + count));
+  if constexpr (kWidth == kWideCode) highs = _mm512_loadu_si512(behind);
+  else highs = _mm512_shuffle_epi8(dictionary, codes.numbers(behind));
   highs = expand8(highs, mask);
-  values += count + code_bytes(count, kWidth);
+  at = behind + code_bytes(count, kWidth);
   low = _mm512_unpacklo_epi8(lows, highs);
   high = _mm512_unpackhi_epi8(lows, highs);
 }
@@ -113,10 +116,10 @@ template <int T, int N, int kWidth>
 inline void add_records(const Record* records, const uint8_t* const* next, int64_t stride, int64_t words,
                         const float* x, int64_t x_ld, float* sums, int64_t ld) {
   const Codes<kWidth> codes;
-  const uint8_t* values[N];
+  const uint8_t* at[N];
   __m512i dictionary[N];
   for (int n = 0; n < N; ++n) {
-    values[n] = records[n].values;
+    at[n] = records[n].groups;
     dictionary[n] = dictionary_of(records[n]);
   }
   float* sum = sums;
@@ -135,7 +138,7 @@ inline void add_records(const Record* records, const uint8_t* const* next, int64
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       __m512i low, high;
-      expand64<kWidth>(codes, dictionary[n], load<uint64_t>(records[n].masks + 8 * i), values[n], low, high);
+      expand64<kWidth>(codes, dictionary[n], at[n], low, high);
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
         const __m512 input = V::broadcast(x[t * x_ld + n]);
@@ -218,10 +221,10 @@ void unpack_column(const PackedColumns& w, int64_t panel, const Record& r, uint1
                                                  1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
   const __m512i order = _mm512_load_si512(kEven);
   const int64_t outputs = outputs_of(w, panel);
-  const uint8_t* values = r.values;
+  const uint8_t* at = r.groups;
   for (int64_t i = 0; i < outputs; i += 64) {
     __m512i half[2];
-    expand64<kWidth>(codes, dictionary, load<uint64_t>(r.masks + i / 8), values, half[0], half[1]);
+    expand64<kWidth>(codes, dictionary, at, half[0], half[1]);
     for (int64_t h = 0; h < 2 && i + 32 * h < outputs; ++h) {
       const int64_t here = outputs - i - 32 * h;
       const __mmask32 room = here < 32 ? (1u << here) - 1 : ~0u;

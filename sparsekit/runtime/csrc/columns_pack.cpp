@@ -113,7 +113,7 @@ int64_t measure_record(const RecordHeader& header, const uint16_t* from, int64_t
   const bool wide = header.width == kWideCode;
   bool has[256];
   for (int b = 0; b < 256; ++b) has[b] = wide || code[b] != kNoCode;
-  int64_t bytes = int64_t(sizeof header) + round_up(int64_t(sizeof(ColumnPatch)) * header.patches, 8);
+  int64_t bytes = int64_t(sizeof header) + int64_t(sizeof(ColumnPatch)) * header.patches;
   for (int64_t i = 0; i < outputs; i += 64) {
     int64_t count = 0;
     for (int64_t j = i; j < i + 64 && j < outputs; ++j) count += from[j] != 0 && has[from[j] >> 8];
@@ -125,21 +125,20 @@ int64_t measure_record(const RecordHeader& header, const uint16_t* from, int64_t
 void write_record(const RecordHeader& header, const uint16_t* from, int64_t outputs, uint8_t* to) {
   memcpy(to, &header, sizeof header);
   uint8_t* patch_at = to + sizeof header;
-  uint8_t* masks = patch_at + round_up(int64_t(sizeof(ColumnPatch)) * header.patches, 8);
-  uint8_t* low = masks + 8 * mask_words(outputs);
+  uint8_t* at = patch_at + int64_t(sizeof(ColumnPatch)) * header.patches;
   uint64_t mask = 0;
   uint8_t lows[64], numbers[64];
   int64_t group = 0, count = 0;
   auto close = [&] {  // one group; all before it are written
-    memcpy(masks + 8 * group, &mask, 8);
-    memcpy(low, lows, size_t(count));
-    uint8_t* code = low + count;
+    memcpy(at, &mask, 8);
+    memcpy(at + 8, lows, size_t(count));
+    uint8_t* code = at + 8 + count;
     for (int64_t n = 0, bit = 0; n < count; ++n, bit += header.width) {
       const uint32_t shifted = uint32_t(numbers[n]) << (bit & 7);
       code[bit >> 3] |= uint8_t(shifted);
       if (shifted >> 8) code[(bit >> 3) + 1] |= uint8_t(shifted >> 8);
     }
-    low = code + code_bytes(count, header.width);
+    at = code + code_bytes(count, header.width);
     mask = 0;
     count = 0;
     ++group;
@@ -223,12 +222,12 @@ bool proven_record(const PackedColumns& w, int64_t i, int64_t& count, std::vecto
   const int64_t room = (int64_t(w.starts[i + 1]) - int64_t(w.starts[i])) * kRecordLine;
   if (room < int64_t(sizeof(RecordHeader)) + 8 * words) return false;
   const Record r = record(w, panel, i % w.cols);
-  const int64_t before = r.values - r.dictionary;
-  if ((r.width != w.width && r.width != kWideCode) || before > room) return false;
-  int64_t size = before, here = r.patches;
+  if (r.width != w.width && r.width != kWideCode) return false;
+  int64_t size = r.groups - r.dictionary, here = r.patches;
   for (int64_t j = 0; j < words; ++j) {
-    const int64_t values = __builtin_popcountll(load<uint64_t>(r.masks + 8 * j));
-    size += values + code_bytes(values, r.width);
+    if (size + 8 > room) return false;
+    const int64_t values = __builtin_popcountll(load<uint64_t>(r.dictionary + size));
+    size += 8 + values + code_bytes(values, r.width);
     here += values;
   }
   if (room != round_up(size, kRecordLine)) return false;

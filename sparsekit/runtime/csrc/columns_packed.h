@@ -3,10 +3,9 @@
 // three or four bits stands for it. No bit is lost.
 //
 // Outputs are divided in panels of kMostOutputs. In a panel each column is a record that begins on a cache line: its
-// header; patches, padded to eight bytes; a mask for every 64 outputs; then of every 64 outputs the low bytes of their
-// values, followed by their codes, from bit 0 up, which end at a byte. Bit 16 L + 8 h + 2 q + e of a mask stands for
-// output 32 h + 16 e + 4 L + q of its 64: low and high bytes put in their places, interleaved and widened are outputs
-// in order.
+// header; patches; then, of every 64 outputs, a mask, the low bytes of their values and their codes, from bit 0 up, which
+// end at a byte. Bit 16 L + 8 h + 2 q + e of a mask stands for output 32 h + 16 e + 4 L + q of its 64: low and high bytes
+// put in their places, interleaved and widened are outputs in order.
 #pragma once
 #include "columns.h"
 
@@ -64,16 +63,14 @@ struct Record {  // one, parsed
   const uint8_t* dictionary;
   int64_t width, patches;
   const uint8_t* patch;   // [patches]
-  const uint8_t* masks;   // [mask_words]
-  const uint8_t* values;  // low bytes and codes
+  const uint8_t* groups;  // mask, low bytes and codes of each 64 outputs
 };
 
 inline Record record(const PackedColumns& w, int64_t panel, int64_t column) {
   const uint8_t* at = w.records + int64_t(w.starts[panel * w.cols + column]) * kRecordLine;
   const RecordHeader h = load<RecordHeader>(at);
   const uint8_t* patch = at + sizeof h;
-  const uint8_t* masks = patch + round_up(int64_t(sizeof(ColumnPatch)) * h.patches, 8);
-  return {at, h.width, h.patches, patch, masks, masks + 8 * mask_words(outputs_of(w, panel))};
+  return {at, h.width, h.patches, patch, patch + int64_t(sizeof(ColumnPatch)) * h.patches};
 }
 
 // Visits the values of a record of `words` masks: visit(output in the panel, value).
@@ -83,9 +80,10 @@ inline void visit_record(const Record& r, int64_t words, Visit visit) {
     const ColumnPatch patch = load<ColumnPatch>(r.patch + i * int64_t(sizeof(ColumnPatch)));
     visit(patch.output, patch.value);
   }
-  const uint8_t* low = r.values;
+  const uint8_t* at = r.groups;
   for (int64_t i = 0; i < words; ++i) {
-    const uint64_t mask = load<uint64_t>(r.masks + 8 * i);
+    const uint64_t mask = load<uint64_t>(at);
+    const uint8_t* low = at + 8;
     const int64_t count = __builtin_popcountll(mask);
     const uint8_t* code = low + count;
     int64_t bit = 0;
@@ -96,7 +94,7 @@ inline void visit_record(const Record& r, int64_t words, Visit visit) {
       const uint32_t high = r.width == kWideCode ? number : r.dictionary[number];
       visit(64 * i + output_of(__builtin_ctzll(rest)), uint16_t(high << 8 | *low));
     }
-    low = code + code_bytes(count, r.width);
+    at = code + code_bytes(count, r.width);
   }
 }
 
