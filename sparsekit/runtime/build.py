@@ -62,6 +62,7 @@ def units(machine: str) -> list[Unit]:
             *plain,
             Unit("columns_avx2", ("-march=x86-64", *_AVX2)),
             Unit("columns_avx512", ("-march=x86-64", *_AVX512)),
+            Unit("columns_avx512", ("-march=x86-64", *_AVX512, "-mavx512bf16", "-DSK_WITH_BF16"), "_bf16"),
             Unit("quantised_avx2", ("-march=x86-64", *_AVX2)),
             Unit("quantised_avx512", ("-march=x86-64", *_AVX512)),
             Unit("repack_avx512", ("-march=x86-64", *_AVX512)),

@@ -22,7 +22,8 @@ bool select(const Kernels& k, const sk_call& call, int64_t cols, const float* th
   const int64_t room = round_up(cols + kSelectTail, 16);
   char* memory = static_cast<char*>(selected.need(room * 4 * (1 + call.tokens)));
   if (!memory) return false;
-  kept = {reinterpret_cast<int32_t*>(memory), reinterpret_cast<float*>(memory) + room, 0, room, call.tokens};
+  kept = {reinterpret_cast<int32_t*>(memory), reinterpret_cast<float*>(memory) + room, 0, room, call.tokens,
+          call.x_dtype == SK_BF16};
   const Inputs in = {static_cast<const char*>(call.x), call.x_stride, call.tokens, cols, call.x_dtype, thresholds,
                      count == 1 ? 0 : 1};
   k.columns->select(in, kept);
@@ -33,7 +34,7 @@ bool select(const Kernels& k, const sk_call& call, int64_t cols, const float* th
 Kept part(const Kept& kept, int64_t index) {
   auto bound = [&](int64_t i) { return i == kParts ? kept.count : kept.count * i / kParts / kTogether * kTogether; };
   const int64_t begin = bound(index);
-  return {kept.columns + begin, kept.values + begin, bound(index + 1) - begin, kept.ld, kept.tokens};
+  return {kept.columns + begin, kept.values + begin, bound(index + 1) - begin, kept.ld, kept.tokens, kept.bf16};
 }
 
 // What threads share are the columns of a panel, in kParts sets, rather than its outputs: the pieces that are read of a

@@ -27,6 +27,7 @@ struct Kept {  // what is left of them
   int32_t* columns;  // [count], ascending: those that some token keeps
   float* values;     // [tokens][ld]; 0 where this token does not keep the column
   int64_t count, ld, tokens;
+  bool bf16;  // the values are bf16 numbers
 };
 
 struct RowList {  // rows of a plain weight [rows][cols]

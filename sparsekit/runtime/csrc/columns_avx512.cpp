@@ -1,4 +1,4 @@
-// AVX-512: products that pass over inputs.
+// AVX-512: products that pass over inputs; compiled a second time with SK_WITH_BF16 for processors with vdpbf16ps.
 #include "columns_packed.h"
 #include "expand_avx512.h"
 
@@ -111,8 +111,48 @@ inline __m512i dictionary_of(const Record& r) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(r.dictionary)));
 }
 
+// Sums of 64 outputs, four vectors of them. kPairs: vdpbf16ps adds two columns at once, and half f of the pairs in the
+// half h of the outputs goes to vector 2 h + f; position 4 L + q there is output 32 h + 16 (q & 1) + 4 L + 2 f + q / 2.
+// Without, the vectors are outputs in order.
+template <bool kPairs>
+inline int64_t position_of(int64_t output) {
+  if (!kPairs) return output;
+  const int64_t q = output & 3, f = q >> 1;
+  return (output & ~31) + 16 * f + (output & 12) + 2 * (q & 1) + (output >> 4 & 1);
+}
+
+// The outputs of sums that pairs were added to, in order.
+inline void order_sums(float* sums, int64_t words) {
+  const __m512i first = _mm512_setr_epi32(0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30);
+  const __m512i second = _mm512_or_si512(first, _mm512_set1_epi32(1));
+  for (float* at = sums; at < sums + 64 * words; at += 32) {
+    const __m512 a = V::get(at), b = V::get(at + 16);
+    V::put(at, _mm512_permutex2var_ps(a, first, b));
+    V::put(at + 16, _mm512_permutex2var_ps(a, second, b));
+  }
+}
+
+#if defined(SK_WITH_BF16)
+// Products of two columns, of one with `second` = 0.
+inline void add_pairs(__m512* a, __m512i low, __m512i high, __m512i low2, __m512i high2, float first, float second) {
+  const __m512i x = _mm512_set1_epi32(int(float_to_bits(first) >> 16 | (float_to_bits(second) & 0xffff0000u)));
+  a[0] = _mm512_dpbf16_ps(a[0], __m512bh(_mm512_unpacklo_epi16(low, low2)), __m512bh(x));
+  a[1] = _mm512_dpbf16_ps(a[1], __m512bh(_mm512_unpackhi_epi16(low, low2)), __m512bh(x));
+  a[2] = _mm512_dpbf16_ps(a[2], __m512bh(_mm512_unpacklo_epi16(high, high2)), __m512bh(x));
+  a[3] = _mm512_dpbf16_ps(a[3], __m512bh(_mm512_unpackhi_epi16(high, high2)), __m512bh(x));
+}
+#endif
+
+inline void add_column(__m512* a, __m512i low, __m512i high, float x) {
+  const __m512 input = V::broadcast(x);
+  a[0] = V::multiply_add(even(low), input, a[0]);
+  a[1] = V::multiply_add(odd(low), input, a[1]);
+  a[2] = V::multiply_add(even(high), input, a[2]);
+  a[3] = V::multiply_add(odd(high), input, a[3]);
+}
+
 // N records of `words` masks each. With every mask `stride` bytes of the next ones are asked for.
-template <int T, int N, int kWidth>
+template <bool kPairs, int T, int N, int kWidth>
 inline void add_records(const Record* records, const uint8_t* const* next, int64_t stride, int64_t words,
                         const float* x, int64_t x_ld, float* sums, int64_t ld) {
   const Codes<kWidth> codes;
@@ -135,17 +175,28 @@ inline void add_records(const Record* records, const uint8_t* const* next, int64
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) a[t][q] = V::get(sum + t * ld + 16 * q);
+    __m512i low, high;
+#if defined(SK_WITH_BF16)
+    if constexpr (kPairs) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      __m512i low, high;
-      expand64<kWidth>(codes, dictionary[n], at[n], low, high);
+      for (int n = 0; n < N; n += 2) {
+        __m512i low2 = _mm512_setzero_si512(), high2 = low2;
+        expand64<kWidth>(codes, dictionary[n], at[n], low, high);
+        if (n + 1 < N) expand64<kWidth>(codes, dictionary[n + 1], at[n + 1], low2, high2);
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) {
-        const __m512 input = V::broadcast(x[t * x_ld + n]);
-        a[t][0] = V::multiply_add(even(low), input, a[t][0]);
-        a[t][1] = V::multiply_add(odd(low), input, a[t][1]);
-        a[t][2] = V::multiply_add(even(high), input, a[t][2]);
-        a[t][3] = V::multiply_add(odd(high), input, a[t][3]);
+        for (int t = 0; t < T; ++t) {
+          const float* input = x + t * x_ld + n;
+          add_pairs(a[t], low, high, low2, high2, input[0], n + 1 < N ? input[1] : 0.0f);
+        }
+      }
+    }
+#endif
+    if constexpr (!kPairs) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        expand64<kWidth>(codes, dictionary[n], at[n], low, high);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) add_column(a[t], low, high, x[t * x_ld + n]);
       }
     }
 #pragma GCC unroll 4
@@ -156,11 +207,12 @@ inline void add_records(const Record* records, const uint8_t* const* next, int64
   for (int n = 0; n < N; ++n)
     for (int64_t i = 0; i < records[n].patches; ++i) {
       const ColumnPatch patch = load<ColumnPatch>(records[n].patch + i * int64_t(sizeof(ColumnPatch)));
-      for (int t = 0; t < T; ++t) sums[t * ld + patch.output] += bf16_to_float(patch.value) * x[t * x_ld + n];
+      const int64_t place = position_of<kPairs>(patch.output);
+      for (int t = 0; t < T; ++t) sums[t * ld + place] += bf16_to_float(patch.value) * x[t * x_ld + n];
     }
 }
 
-template <int T, int kWidth>
+template <bool kPairs, int T, int kWidth>
 void packed_columns(const PackedColumns& w, const Kept& kept, int64_t panel, float* sums, int64_t ld) {
   const int64_t words = mask_words(outputs_of(w, panel)), last = kept.count - 1;
   for (int t = 0; t < T; ++t) memset(sums + t * ld, 0, size_t(words * 64) * 4);
@@ -182,35 +234,46 @@ void packed_columns(const PackedColumns& w, const Kept& kept, int64_t panel, flo
   auto one = [&](int n) {
     const float* x = kept.values + k + n;
     if (records[n].width == kWideCode)
-      add_records<T, 1, kWideCode>(records + n, next + n, w.stride, words, x, kept.ld, sums, ld);
+      add_records<kPairs, T, 1, kWideCode>(records + n, next + n, w.stride, words, x, kept.ld, sums, ld);
     else
-      add_records<T, 1, kWidth>(records + n, next + n, w.stride, words, x, kept.ld, sums, ld);
+      add_records<kPairs, T, 1, kWidth>(records + n, next + n, w.stride, words, x, kept.ld, sums, ld);
   };
   for (; k + kTogether <= kept.count; k += kTogether) {
     if (take(kTogether)) {
       for (int n = 0; n < kTogether; ++n) one(n);
     } else {
-      add_records<T, kTogether, kWidth>(records, next, w.stride, words, kept.values + k, kept.ld, sums, ld);
+      add_records<kPairs, T, kTogether, kWidth>(records, next, w.stride, words, kept.values + k, kept.ld, sums, ld);
     }
   }
   for (; k < kept.count; ++k) {
     take(1);
     one(0);
   }
+  if constexpr (kPairs)
+    for (int t = 0; t < T; ++t) order_sums(sums + t * ld, words);
 }
 
-template <int kWidth>
+template <bool kPairs, int kWidth>
 void packed_tokens(const PackedColumns& w, const Kept& kept, int64_t panel, float* sums, int64_t ld) {
   switch (kept.tokens) {
-    case 1: return packed_columns<1, kWidth>(w, kept, panel, sums, ld);
-    case 2: return packed_columns<2, kWidth>(w, kept, panel, sums, ld);
-    case 3: return packed_columns<3, kWidth>(w, kept, panel, sums, ld);
-    case 4: return packed_columns<4, kWidth>(w, kept, panel, sums, ld);
+    case 1: return packed_columns<kPairs, 1, kWidth>(w, kept, panel, sums, ld);
+    case 2: return packed_columns<kPairs, 2, kWidth>(w, kept, panel, sums, ld);
+    case 3: return packed_columns<kPairs, 3, kWidth>(w, kept, panel, sums, ld);
+    case 4: return packed_columns<kPairs, 4, kWidth>(w, kept, panel, sums, ld);
   }
 }
 
+template <bool kPairs>
+void packed_width(const PackedColumns& w, const Kept& kept, int64_t panel, float* sums, int64_t ld) {
+  return w.width == 3 ? packed_tokens<kPairs, 3>(w, kept, panel, sums, ld)
+                      : packed_tokens<kPairs, 4>(w, kept, panel, sums, ld);
+}
+
 void packed(const PackedColumns& w, const Kept& kept, int64_t panel, float* sums, int64_t ld) {
-  return w.width == 3 ? packed_tokens<3>(w, kept, panel, sums, ld) : packed_tokens<4>(w, kept, panel, sums, ld);
+#if defined(SK_WITH_BF16)
+  if (kept.bf16) return packed_width<true>(w, kept, panel, sums, ld);
+#endif
+  packed_width<false>(w, kept, panel, sums, ld);
 }
 
 template <int kWidth>
@@ -245,6 +308,11 @@ void unpack(const PackedColumns& w, int64_t panel, int64_t column, uint16_t* to)
 
 }  // namespace
 
+#if defined(SK_WITH_BF16)
+extern const ColumnKernels kColumnsAvx512Bf16;
+const ColumnKernels kColumnsAvx512Bf16 = {select, multiply<V>, packed, unpack, rows<V>};
+#else
 extern const ColumnKernels kColumnsAvx512;
 const ColumnKernels kColumnsAvx512 = {select, multiply<V>, packed, unpack, rows<V>};
+#endif
 }  // namespace sk

@@ -142,7 +142,7 @@ extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
 extern const QuantisedKernels kQuantisedAvx2, kQuantisedAvx512;
-extern const ColumnKernels kColumnsAvx2, kColumnsAvx512;
+extern const ColumnKernels kColumnsAvx2, kColumnsAvx512, kColumnsAvx512Bf16;
 void repack_avx512(const PanelSource& source, uint64_t* masks, uint8_t* low, uint8_t* code);
 bool gram_avx512bf16(const uint16_t* x, int64_t tokens, int64_t stride, int64_t cols, double* sums, int threads);
 #elif defined(__aarch64__)

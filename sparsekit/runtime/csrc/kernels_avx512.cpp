@@ -518,7 +518,7 @@ uint64_t read(const uint8_t* data, int64_t bytes) {
 #if defined(SK_WITH_BF16)
 extern const Kernels kAvx512Bf16;
 const Kernels kAvx512Bf16 = {"avx512bf16", true, fusable, fused, decode, micro, dense, generic_store, read,
-                            &kQuantisedAvx512, &kColumnsAvx512, repack_avx512, gram_avx512bf16};
+                            &kQuantisedAvx512, &kColumnsAvx512Bf16, repack_avx512, gram_avx512bf16};
 #else
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {"avx512", false, fusable, fused, decode, micro, dense, generic_store, read,
