@@ -17,7 +17,7 @@ def test_every_unit_has_a_source_and_only_the_kernels_get_an_instruction_set() -
     flags = {unit.source + unit.suffix: unit.flags for unit in build.units("x86_64")}
     wide = {name for name, given in flags.items() if any("avx" in flag for flag in given)}
     both = {f"{kind}_{isa}" for kind in ("columns", "kernels", "quantised") for isa in ("avx2", "avx512")}
-    assert wide == both | {"kernels_avx512_bf16", "repack_avx512", "gram_avx512bf16"}
+    assert wide == both | {"columns_avx512_bf16", "kernels_avx512_bf16", "repack_avx512", "gram_avx512bf16"}
     assert not any("native" in flag for given in flags.values() for flag in given)
     neon = {unit.source: unit.flags for unit in build.units("aarch64") if unit.flags}
     assert neon == {f"{kind}_neon": ("-march=armv8-a",) for kind in ("columns", "kernels")}
