@@ -12,7 +12,7 @@ from sparsekit.errors import LowCoverage, PlanError, TooFewTokens
 from sparsekit.models.gate_files import prompt_of
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.sites import Place, gate_places, input_places, neuron_places
-from sparsekit.recipe.schema import ActivationStage
+from sparsekit.recipe.stages import ActivationStage
 from sparsekit.selection import matches
 
 HELD_OUT = 8

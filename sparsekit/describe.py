@@ -20,7 +20,7 @@ from sparsekit.models.lazy_model import LazyModel
 from sparsekit.plan import ReshapePlan, StagePlan
 from sparsekit.prepared import Prepared
 from sparsekit.prune import StageResult
-from sparsekit.recipe.schema import PARTS, ReshapeStage
+from sparsekit.recipe.stages import PARTS, ReshapeStage
 from sparsekit.reshaping import ReshapeResult
 
 

@@ -23,7 +23,7 @@ from sparsekit.models.shapes import parameters, variant
 from sparsekit.models.structure import find_stack
 from sparsekit.pattern import NM, Pattern, parse_pattern
 from sparsekit.permutation import check_permutation
-from sparsekit.recipe.schema import PruneStage, ReshapeStage
+from sparsekit.recipe.stages import PruneStage, ReshapeStage
 from sparsekit.selection import fixed_counts, matches
 from sparsekit.units import bytes_text
 

@@ -38,7 +38,8 @@ from sparsekit.plan import ReshapePlan, StagePlan
 from sparsekit.prepared import Prepared, reshaped
 from sparsekit.progress import Reporter, Silent
 from sparsekit.prune import Form, StageResult, checkpoint_tensors, prune_stage
-from sparsekit.recipe.schema import Recipe, Stage
+from sparsekit.recipe.schema import Recipe
+from sparsekit.recipe.stages import Stage
 from sparsekit.reshaping import ReshapeResult, reshape_stage
 from sparsekit.thinning import Thinned, thin
 

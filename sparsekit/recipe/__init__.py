@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from sparsekit.recipe.load import dump_yaml, load_recipe, recipe_from
-from sparsekit.recipe.schema import (
-    AllocateSpec,
-    CalibrationSpec,
-    EvaluateSpec,
-    Gates,
-    PruneStage,
-    Recipe,
-    SaveSpec,
-)
+from sparsekit.recipe.schema import CalibrationSpec, EvaluateSpec, Gates, Recipe, SaveSpec
+from sparsekit.recipe.stages import AllocateSpec, PruneStage
 
 __all__ = [
     "AllocateSpec",

@@ -9,7 +9,8 @@ from typing import Any
 
 from sparsekit import registry
 from sparsekit.errors import RecipeReferenceError, RecipeSchemaError
-from sparsekit.recipe.schema import PARTS, STAGES, Recipe, part_model, stage_model
+from sparsekit.recipe.schema import Recipe
+from sparsekit.recipe.stages import PARTS, STAGES, part_model, stage_model
 from sparsekit.recipe.yaml_positions import read_file
 
 

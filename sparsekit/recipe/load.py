@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from sparsekit import registry
 from sparsekit.errors import RecipeReferenceError, RecipeSchemaError, RecipeSyntaxError
 from sparsekit.recipe import catalog, problems
-from sparsekit.recipe.schema import Recipe, near
+from sparsekit.recipe.joined import near
+from sparsekit.recipe.schema import Recipe
 from sparsekit.recipe.yaml_positions import Data, Mark, Node, check_text, parse, read_file, resolve
 
 MAX_PARENTS = 3

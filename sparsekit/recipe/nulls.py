@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from sparsekit import registry
-from sparsekit.recipe.schema import ActivationStage, Null, PruneStage, Recipe, ReshapeStage, Stage
+from sparsekit.recipe.schema import Null, Recipe
+from sparsekit.recipe.stages import ActivationStage, PruneStage, ReshapeStage, Stage
 
 NULLS: dict[str, str] = {
     "uniform": "the same recipe with one sparsity for every matrix",

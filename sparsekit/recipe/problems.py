@@ -10,7 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from sparsekit import registry
 from sparsekit.errors import RecipeSchemaError
-from sparsekit.recipe.schema import PARTS, STAGES, Recipe, near, part_model, stage_kind, stage_model
+from sparsekit.recipe.joined import near
+from sparsekit.recipe.schema import Recipe
+from sparsekit.recipe.stages import PARTS, STAGES, part_model, stage_kind, stage_model
 from sparsekit.recipe.yaml_positions import Data, Mark, Node
 
 Path = tuple[str | int, ...]

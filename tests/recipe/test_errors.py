@@ -13,7 +13,7 @@ from sparsekit.contracts import LayerPruner, MethodOptions
 from sparsekit.errors import PluginBroken, RecipeSchemaError, SparsekitError
 from sparsekit.recipe import dump_yaml, load_recipe, recipe_from
 from sparsekit.recipe.catalog import shipped_files
-from sparsekit.recipe.schema import stage_model
+from sparsekit.recipe.stages import stage_model
 
 PRUNERS = ", ".join(registry.names("pruners"))
 HEAD = "sparsekit: 1\nname: mine\ndescription: a test\n"
