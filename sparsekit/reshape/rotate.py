@@ -12,9 +12,9 @@ Cost: an eigendecomposition of hidden^3 per place, once. When the model runs, tw
     sparsity skips (19 % of a block's weights in SmolLM2-135M, 17 % in Llama-2-7B); and a head that was tied is stored
     on its own.
 Deviations: norms are not turned into others. Where the leading projection has fewer rows than columns, the directions
-    that it does not see are those of all readers of the place. Fused projections are one. `by: all` takes all readers
-    of a place stacked instead, experts always are. Norms that subtract the mean are refused: the direction of the
-    mean cannot be turned into others, so columns would not be orthogonal.
+    that it does not see are those of all readers of the place. Fused projections are one. `readers: all` takes
+    all readers of a place stacked instead, experts always are. Norms that subtract the mean are refused: the direction
+    of the mean cannot be turned into others, so columns would not be orthogonal.
 Numbers: SmolLM2-135M see docs/results.md.
 """
 
@@ -50,7 +50,7 @@ _OTHERS = 1e-9
 class RotateOptions(MethodOptions):
     """Options of `rotate`."""
 
-    by: Literal["leading", "all"] = Field(
+    readers: Literal["leading", "all"] = Field(
         default="leading", description="leading: bases of key and gate projections; all: of all readers of a place"
     )
 
@@ -121,7 +121,7 @@ class Rotate(Reshaper[RotateOptions]):
             every += gram
             if name.removesuffix(".weight") in leading:
                 lead += gram
-        if self.options.by == "all" or not bool(lead.any()):
+        if self.options.readers == "all" or not bool(lead.any()):
             return every
         return lead + every * (_OTHERS * lead.trace() / every.trace())
 

@@ -58,7 +58,7 @@ def test_columns_of_keys_and_gates_are_orthogonal(family, rotated):
 
 
 def test_all_readers_stacked(rotated):
-    layers = load(rotated("llama", "stages.0.by=all") / "out").model.layers
+    layers = load(rotated("llama", "stages.0.readers=all") / "out").model.layers
     for layer in layers:
         attention = torch.cat([getattr(layer.self_attn, f"{name}_proj").weight for name in "qkv"])
         assert off_diagonal(attention) < 1e-5
