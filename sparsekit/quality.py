@@ -15,11 +15,12 @@ from sparsekit.data import TextSpec, load_blocks
 from sparsekit.data.packing import TokenBlocks
 from sparsekit.errors import NonFinite, NumericalError
 from sparsekit.evaluate.evaluation import EvaluationReport, EvaluationRequest, NullScore, evaluate
-from sparsekit.evaluate.harness import find_tasks
+from sparsekit.evaluate.harness import find_tasks, missing_lm_eval
 from sparsekit.memory import release_freed
 from sparsekit.models.source import open_model
 from sparsekit.prepared import Prepared
 from sparsekit.progress import Reporter
+from sparsekit.recipe.optional import left_out_note
 from sparsekit.stages import drop_scratch, null_folder, run_stages
 
 
@@ -28,21 +29,26 @@ def check_evaluation(prepared: Prepared, reporter: Reporter) -> None:
     source = prepared.source
     text = _text(prepared)
     load_blocks(text, source.tokenizer, model_max_length=source.max_length, part="held_out", reporter=reporter)
-    if prepared.recipe.evaluate.tasks:
-        find_tasks(prepared.recipe.evaluate.tasks, reporter=reporter)
+    tasks, left_out = _tasks(prepared)
+    if left_out:
+        reporter.note(left_out_note(left_out))
+    if tasks:
+        find_tasks(tasks, reporter=reporter)
 
 
 def measure(prepared: Prepared, staged: StagedCheckpoint, reporter: Reporter) -> EvaluationReport:
     """Measure the staged checkpoint, under the name it will have, against the dense model."""
+    tasks, left_out = _tasks(prepared)
     request = EvaluationRequest(
         model=staged.out.name,
         baseline=prepared.source.label,
         text=_text(prepared),
-        tasks=prepared.recipe.evaluate.tasks,
+        tasks=tasks,
+        limit=prepared.recipe.evaluate.limit if tasks else None,
         open_model=_opener(prepared, staged.out.name, staged.folder, reporter),
         reporter=reporter,
     )
-    return evaluate(request)
+    return replace(evaluate(request), left_out=left_out)
 
 
 def with_nulls(
@@ -96,6 +102,13 @@ def _score(
     assert report.comparison is not None  # noqa: S101  (so had the report's)
     difference = found.loss - report.comparison.baseline.loss
     return NullScore(name, found.perplexity, found.stderr, math.exp(difference) if difference < 700 else math.inf)
+
+
+def _tasks(prepared: Prepared) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the tasks to run, and the optional ones that cannot be."""
+    spec = prepared.recipe.evaluate
+    optional = tuple(task for task in spec.optional_tasks if task not in spec.tasks)
+    return (spec.tasks, optional) if optional and missing_lm_eval() else (spec.tasks + optional, ())
 
 
 def _text(prepared: Prepared) -> TextSpec:

@@ -111,6 +111,7 @@ class EvaluationReport:
         limit: Documents per task at most.
         num_fewshot: Examples in each prompt as asked for; None means as the task says.
         nulls: What the recipe is compared with.
+        left_out: Optional tasks of the recipe that were not run, since lm-eval is not installed.
     """
 
     model: str
@@ -123,6 +124,7 @@ class EvaluationReport:
     limit: int | None
     num_fewshot: int | None
     nulls: tuple[NullScore, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values; infinite numbers become the text "inf", which JSON can hold."""

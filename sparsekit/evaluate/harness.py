@@ -117,6 +117,15 @@ def require_lm_eval() -> None:
         ) from error
 
 
+def missing_lm_eval() -> MissingExtra | None:
+    """Return why tasks cannot be run here, None if they can."""
+    try:
+        require_lm_eval()
+    except MissingExtra as error:
+        return error
+    return None
+
+
 def shipped_tasks() -> Path:
     """Return the folder of the tasks that ship with sparsekit."""
     return trees().configs / "eval" / "tasks"

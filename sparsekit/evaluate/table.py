@@ -9,6 +9,7 @@ from pathlib import PurePath
 
 from sparsekit.evaluate.evaluation import EvaluationReport, TaskRow
 from sparsekit.recipe.nulls import NULLS
+from sparsekit.recipe.optional import left_out_note
 
 WIDTH = 80
 
@@ -91,6 +92,8 @@ def _notes(report: EvaluationReport) -> list[str]:
         limit = f"first {report.limit} documents of each task" if report.limit else "all documents"
         shots = "as the task says" if report.num_fewshot is None else str(report.num_fewshot)
         notes.append(f"tasks: lm-eval, {limit}, examples in the prompt: {shots}")
+    if report.left_out:
+        notes.append(left_out_note(report.left_out))
     if report.perplexity is not None or report.tasks:
         paired = "; differences are paired by block and document" if report.baseline is not None else ""
         notes.append(f"± is one standard error{paired}")

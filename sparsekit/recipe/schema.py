@@ -66,6 +66,10 @@ class EvaluateSpec(Section):
         default=512, ge=8, description="tokens per sample; null: the model's maximum, at most 2048"
     )
     tasks: tuple[str, ...] = Field(default=(), description="lm-eval tasks")
+    optional_tasks: tuple[str, ...] = Field(
+        default=(), description="more of them, which are left out with a note where lm-eval is not installed"
+    )
+    limit: int | None = Field(default=None, ge=1, description="only the first documents of each task; null: all")
     nulls: tuple[Null, ...] = Field(
         default=(),
         description="run again for comparison: uniform (instead of the allocation), random (instead of the pruner)",

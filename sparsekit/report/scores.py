@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsekit.recipe.nulls import NULLS
+from sparsekit.recipe.optional import left_out_note
 from sparsekit.report.text import ABSENT, TIMES, number, to_float, with_error
 
 
@@ -113,6 +114,8 @@ def _notes(evaluation: Mapping[str, Any], compared: bool) -> list[str]:
             f"Tasks: lm-eval, {f'first {limit:,} documents of each' if limit else 'all documents'}, "
             f"{'examples in the prompt as the task says' if shots is None else f'{shots} examples in the prompt'}."
         )
+    if left_out := evaluation.get("left_out"):
+        notes.append(left_out_note(left_out))
     notes += [f"Null {null['name']}: {NULLS[null['name']]}." for null in evaluation.get("nulls", [])]
     paired = " Differences are paired by block and by document." if compared else ""
     notes.append(f"± is one standard error.{paired}")

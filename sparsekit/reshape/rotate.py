@@ -12,9 +12,9 @@ Cost: an eigendecomposition of hidden^3 per place, once. When the model runs, tw
     sparsity skips (19 % of a block's weights in SmolLM2-135M, 17 % in Llama-2-7B); and a head that was tied is stored
     on its own.
 Deviations: norms are not turned into others. Where the leading projection has fewer rows than columns, the directions
-    that it does not see are those of all readers of the place. Fused projections are one. `readers: all` takes
-    all readers of a place stacked instead, experts always are. Norms that subtract the mean are refused: the direction
-    of the mean cannot be turned into others, so columns would not be orthogonal.
+    that it does not see are those of all readers of the place. Fused projections are one. `readers: all` stacks all
+    readers of a place instead; experts always are stacked. Norms that subtract the mean are refused: the direction of
+    the mean cannot be turned into others, so columns would not be orthogonal.
 Numbers: SmolLM2-135M see docs/results.md.
 """
 
