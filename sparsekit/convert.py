@@ -22,7 +22,7 @@ from sparsekit.convert_source import ConvertSource, open_source
 from sparsekit.describe import tools, weights_bytes
 from sparsekit.errors import ModelError, OutputExists, UsageError
 from sparsekit.lazy import require_address_space
-from sparsekit.models.gate_files import gate_file_bytes, read_gate_file, weight_sizes
+from sparsekit.models.gate_files import read_gate_file, weight_sizes, write_gates
 from sparsekit.models.raw import to_raw
 from sparsekit.pack import Encoding, Layout, files
 from sparsekit.pack.types import DTYPES
@@ -121,8 +121,7 @@ def convert(
             )
         _write_files(source, staged, facts, packed=form is not None)
         if gates is not None:
-            moved = replace(gates, weights=weight_sizes(staged.folder))
-            staged.write_file(SIDECAR, gate_file_bytes(moved))
+            write_gates(staged, replace(gates, weights=weight_sizes(staged.folder)))
         given = _manifest(source, claims, facts, staged, packed=form is not None)
         volatile = set(source.manifest.volatile) if source.manifest else set()
         present = set(fs.list_files(staged.folder))

@@ -23,14 +23,13 @@ from sparsekit.allocation import Workspace
 from sparsekit.assemble import is_packed, shard_name, shard_names, write_model_files
 from sparsekit.checkpoint.jsonio import JSON
 from sparsekit.checkpoint.recovery import Place
-from sparsekit.checkpoint.source import SIDECAR
 from sparsekit.checkpoint.staging import StagedCheckpoint
 from sparsekit.contracts import LinearInfo
 from sparsekit.data import TextSpec, load_blocks
 from sparsekit.data.packing import TokenBlocks
 from sparsekit.describe import tools
 from sparsekit.errors import CalibrationError, SparsekitError
-from sparsekit.models.gate_files import GateFile, gate_file_bytes, weight_sizes
+from sparsekit.models.gate_files import GateFile, weight_sizes, write_gates
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.shapes import parameters
 from sparsekit.pack import Encoding, Layout
@@ -137,7 +136,7 @@ def _thin(
     thinned = thin(prepared.model, plan, blocks.ids, others, reporter)
     shares = {name: round(stat.share, 6) for name, stat in thinned.held_out.dropped.items()}
     content = GateFile(thinned.gates, plan.stage.dense_tokens, plan.stage.prefill, weight_sizes(staged.folder), shares)
-    ranks.share(lambda: staged.write_file(SIDECAR, gate_file_bytes(content)))
+    ranks.share(lambda: write_gates(staged, content))
     return thinned
 
 

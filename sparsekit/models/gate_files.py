@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sparsekit import fs
 from sparsekit.checkpoint import jsonio
 from sparsekit.checkpoint.manifest import FILE
 from sparsekit.checkpoint.safetensors_file import encode, read_header
+from sparsekit.checkpoint.shapes import METHOD
 from sparsekit.checkpoint.source import SIDECAR
+from sparsekit.checkpoint.staging import StagedCheckpoint
 from sparsekit.contracts import Remainder
-from sparsekit.errors import CheckpointError, VersionError
+from sparsekit.errors import CheckpointError, ChecksumError, VersionError
 from sparsekit.lazy import torch
 from sparsekit.models.gates import Gate, Gaussian, OfPrompt, Placed, Threshold, TopK
 from sparsekit.models.raw import read_tensor, to_raw
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1
+CONFIG_KEY = "activations"
+"""Under which a `quantization_config` of ours names the file."""
 _KEY = "sparsekit_activation"
 _HINT = "Copy the file again, or calibrate again."
 _MANIFEST_BYTES = 1 << 28
@@ -144,6 +149,45 @@ def read_gate_file(folder: Path) -> GateFile | None:
 
 def _by_prompt(placed: Placed) -> bool:
     return isinstance(placed.gate, OfPrompt)
+
+
+def write_gates(staged: StagedCheckpoint, content: GateFile) -> None:
+    """Write the file beside the weights of a staged checkpoint that has its config.json.
+
+    Where transformers asks sparsekit to load the weights, config.json says that the file belongs to them: a loader that
+    fetches single files by name would else not know of it.
+    """
+    record = staged.write_file(SIDECAR, gate_file_bytes(content))
+    config = json.loads((staged.folder / "config.json").read_text(encoding="utf-8"))
+    entry = config.get("quantization_config")
+    if isinstance(entry, dict) and entry.get("quant_method") == METHOD:
+        entry[CONFIG_KEY] = {"file": SIDECAR, "sha256": record.sha256}
+        staged.write_file("config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def require_gates(said: object, folder: Path) -> None:
+    """Require that the file is there which config.json says belongs to the weights, and is that very file.
+
+    Args:
+        said: What stands under `CONFIG_KEY` in its quantization_config.
+        folder: Where the weights are.
+
+    Raises:
+        CheckpointError: It is not, or the entry is malformed.
+    """
+    path, where = folder / SIDECAR, f"config.json: quantization_config.{CONFIG_KEY}"
+    wanted = said.get("sha256") if isinstance(said, Mapping) and said.get("file") == SIDECAR else None
+    if not isinstance(wanted, str):
+        raise CheckpointError(f"{said!r}, needed file: {SIDECAR} and its sha256", where=where, hint=_HINT)
+    if not path.is_file():
+        raise CheckpointError(
+            "is not there; by config.json it holds the gates of this checkpoint",
+            where=str(path),
+            hint=f"Fetch it again; to run dense, take {CONFIG_KEY} out of quantization_config.",
+        )
+    found = fs.sha256_file(path).sha256
+    if found != wanted:
+        raise ChecksumError(f"sha256 {found[:12]}..., by config.json {wanted[:12]}...", where=str(path), hint=_HINT)
 
 
 def weight_sizes(folder: Path) -> dict[str, int]:

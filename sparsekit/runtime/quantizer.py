@@ -39,6 +39,7 @@ from sparsekit.pack.tensor import SHAPE
 from sparsekit.pack.verify import require_claims
 from sparsekit.runtime import native
 from sparsekit.runtime.dense import use_streaming
+from sparsekit.runtime.fetching import fetch_gates
 from sparsekit.runtime.gates import attach_folder
 from sparsekit.runtime.modules import SparseLinear
 from sparsekit.runtime.repack import dense, repack
@@ -60,6 +61,7 @@ class SparsekitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format_version: Version of docs/format.md that the files follow.
         pattern: Pattern of all packed tensors.
         widths, stream: Of blocks and residual stream, where they are not those of the rest of the configuration.
+        activations: Name and sha256 of the file of gates that belongs to the weights; None without gates.
         ordinary_names: The files are called as transformers calls them: `save_pretrained` wrote them.
         dequantize: True: unpack while loading; the model is then an ordinary dense one, equal to the dense checkpoint
             bit by bit. False: layers multiply with packed weights. None: packed where this installation has kernels
@@ -72,6 +74,7 @@ class SparsekitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         pattern: str | None = None,
         widths: Mapping[str, Any] | None = None,
         stream: Mapping[str, Any] | None = None,
+        activations: Mapping[str, Any] | None = None,
         ordinary_names: bool = False,
         dequantize: bool | None = None,
         **_: Any,
@@ -81,6 +84,7 @@ class SparsekitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.pattern = pattern
         self.widths = widths
         self.stream = stream
+        self.activations = activations
         self.ordinary_names = ordinary_names
         self.dequantize = dequantize
 
@@ -161,6 +165,7 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
         self._facts: dict[str, dict[str, Any]] = {}
         self._files: dict[str, str] = {}
         self._arrived: set[str] = set()
+        self._gated: Path | None = None
         self._failed: SparsekitError | None = None
         self._shapes: Shapes = read_shapes(quantization_config.to_dict())
 
@@ -306,6 +311,8 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         if not self._shapes.plain:
             give_shapes(model, find_stack(model), self._shapes)
+        if self.quantization_config.activations is not None and checkpoint_files:
+            self._gated = fetch_gates(self.quantization_config.activations, Path(checkpoint_files[0]), model.config)
         opened = [PackedFile(Path(file)) for file in checkpoint_files or []]
         for file in opened:
             file.check_parts()
@@ -346,7 +353,9 @@ class SparsekitQuantizer(HfQuantizer):  # type: ignore[misc]
             use_streaming(model)
             leave_files(model)
             release_freed()
-        for folder in sorted({Path(file).parent for file in self._files.values()}):  # forwards are what they will be
+        # Checkpoints of before there was `activations` say nothing of the gates that lie beside packed weights.
+        folders = {Path(file).parent for file in self._files.values()} | ({self._gated} if self._gated else set())
+        for folder in sorted(folders):  # forwards are what they will be
             attach_folder(model, folder, kernels=not self.quantization_config.dequantize)
         return model
 
