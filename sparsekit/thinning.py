@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sparsekit import ranks
@@ -234,7 +235,7 @@ class Calibration:
             keys[name] = [reader.name for reader in place.readers]
             for number, reader in enumerate(place.readers):
                 first = skip if place.experts is None else 0
-                inputs[reader.name] = Dropped(width, _kept_behind(of_expert(gate, number)), first)
+                inputs[reader.name] = Dropped(width, partial(_kept_behind, of_expert(gate, number)), first)
         seen = watch(inputs, outputs)
         found: dict[str, Dropped] = {}
         for place in places:
@@ -244,9 +245,9 @@ class Calibration:
         return found
 
 
-def _kept_behind(gate: Gate) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return what says which entries a gate keeps, given the dense tokens of a text and those behind them."""
-    return lambda first, x: gate.behind(first).keep(x)
+def _kept_behind(gate: Gate, first: Tensor, x: Tensor) -> Tensor:
+    """Return which entries a gate keeps, given the dense tokens of a text and those behind them."""
+    return gate.behind(first).keep(x)
 
 
 def _corrected(aim: float, wanted: float, dropped: Dropped | None) -> float:

@@ -26,7 +26,6 @@ from sparsekit.evaluate.perplexity import (
 )
 from sparsekit.lazy import torch
 from sparsekit.progress import Reporter, Silent, track
-from sparsekit.runtime.gates import prompt_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +73,8 @@ def compare(
     check_blocks(model, blocks)
     check_blocks(baseline, blocks)
     indices = track(range(blocks.samples), reporter or Silent(), "comparison", blocks.samples, "sequences")
+    from sparsekit.runtime.gates import prompt_tokens  # imports torch: not before it is needed
+
     prompt = max(prompt_tokens(each, blocks.sequence_length) for each in (model, baseline))
     rows = [_compare_block(model, baseline, blocks.ids[i], i, positions_at_once, prompt) for i in indices]
     loss, baseline_loss, kl, agreement = (torch.stack(column) for column in zip(*rows, strict=True))

@@ -19,7 +19,6 @@ from sparsekit.data import TokenBlocks
 from sparsekit.errors import CalibrationError, EvaluationError, NonFinite
 from sparsekit.lazy import torch
 from sparsekit.progress import Reporter, Silent, track
-from sparsekit.runtime.gates import prompt_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,6 +94,8 @@ def score(
         CalibrationError: Blocks of one token, in which nothing is predicted.
         EvaluationError: Token ids that the model's vocabulary does not have.
     """
+    from sparsekit.runtime.gates import prompt_tokens  # imports torch: not before its address space is checked
+
     check_blocks(model, blocks)
     prompt = prompt_tokens(model, blocks.sequence_length)
     rows = []

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kPatchCost = 16;   // what a patch takes at run time, in bytes that are read
 constexpr int64_t kSampled = 8;      // one column of so many tells the width of all codes
-constexpr uint8_t kNoCode = 255;
+constexpr int16_t kNoCode = -1;
 
 int64_t panels_of(int64_t rows) { return ceil_div(rows, kMostOutputs); }
 
@@ -80,43 +80,36 @@ RecordHeader choose_record(const Bytes256& bytes, int width) {
   return header;
 }
 
-// kNoCode for a high byte without a code.
-void codes_of(const RecordHeader& header, uint8_t* code) {
-  if (header.width == kWideCode) {
-    for (int b = 0; b < 256; ++b) code[b] = uint8_t(b);
-    return;
-  }
-  memset(code, kNoCode, 256);
-  for (int i = (1 << header.width) - 1; i >= 0; --i) code[header.dictionary[i]] = uint8_t(i);
+// The code of every high byte.
+void codes_of(const RecordHeader& header, int16_t* code) {
+  for (int b = 0; b < 256; ++b) code[b] = header.width == kWideCode ? int16_t(b) : kNoCode;
+  if (header.width == kWideCode) return;
+  for (int i = (1 << header.width) - 1; i >= 0; --i) code[header.dictionary[i]] = int16_t(i);
 }
 
-// Visits a column in the order of its masks: group(values before it); value(group, bit, value); patch(output, value).
+// Visits a column in the order of its masks: value(group of 64, bit, value, code) or patch(output, value).
 template <class Value, class Patch>
 void visit_column(const RecordHeader& header, const uint16_t* from, int64_t outputs, Value value, Patch patch) {
-  uint8_t code[256];
+  int16_t code[256];
   codes_of(header, code);
-  const bool wide = header.width == kWideCode;
   for (int64_t i = 0; i < mask_words(outputs); ++i)
     for (int bit = 0; bit < 64; ++bit) {
       const int64_t output = 64 * i + output_of(bit);
       if (output >= outputs || from[output] == 0) continue;
-      const uint8_t number = code[from[output] >> 8];
-      if (number == kNoCode && !wide) patch(output, from[output]);
+      const int number = code[from[output] >> 8];
+      if (number == kNoCode) patch(output, from[output]);
       else value(i, bit, from[output], number);
     }
 }
 
 // Bytes of a record.
 int64_t measure_record(const RecordHeader& header, const uint16_t* from, int64_t outputs) {
-  uint8_t code[256];
+  int16_t code[256];
   codes_of(header, code);
-  const bool wide = header.width == kWideCode;
-  bool has[256];
-  for (int b = 0; b < 256; ++b) has[b] = wide || code[b] != kNoCode;
   int64_t bytes = int64_t(sizeof header) + int64_t(sizeof(ColumnPatch)) * header.patches;
   for (int64_t i = 0; i < outputs; i += 64) {
     int64_t count = 0;
-    for (int64_t j = i; j < i + 64 && j < outputs; ++j) count += from[j] != 0 && has[from[j] >> 8];
+    for (int64_t j = i; j < i + 64 && j < outputs; ++j) count += from[j] != 0 && code[from[j] >> 8] != kNoCode;
     bytes += 8 + count + code_bytes(count, header.width);
   }
   return bytes;
@@ -143,11 +136,11 @@ void write_record(const RecordHeader& header, const uint16_t* from, int64_t outp
     count = 0;
     ++group;
   };
-  auto value = [&](int64_t i, int bit, uint16_t v, uint8_t number) {
+  auto value = [&](int64_t i, int bit, uint16_t v, int number) {
     while (group < i) close();
     mask |= uint64_t(1) << bit;
     lows[count] = uint8_t(v);
-    numbers[count++] = number;
+    numbers[count++] = uint8_t(number);
   };
   auto patch = [&](int64_t output, uint16_t v) {
     const ColumnPatch each = {uint16_t(output), v};
@@ -246,7 +239,7 @@ bool proven(const PackedColumns& w, int threads) {
   std::atomic<bool> good{w.starts[0] == 0};
   auto work = [&](int64_t begin, int64_t end, int) {
     int64_t here = 0;
-    std::vector<bool> seen(size_t(kMostOutputs) + 64 * 1024);
+    std::vector<bool> seen(static_cast<size_t>(kMostOutputs));
     for (int64_t i = begin; i < end && good; ++i)
       if (!proven_record(w, i, here, seen)) good = false;
     count += here;
