@@ -7,11 +7,10 @@ has its own samples, and statistics are merged in the order of the ranks, which 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sparsekit import ranks, registry
 from sparsekit.contracts import OpenBlock, Stat
@@ -24,6 +23,7 @@ from sparsekit.models.capture import Call, capture, run_block
 from sparsekit.models.gradients import BlockGradients
 from sparsekit.models.lazy_model import LazyModel
 from sparsekit.models.linears import Linear, tap_inputs
+from sparsekit.observers import Collector, Observer, SeenAll, merged, refuse_nonfinite
 from sparsekit.progress import Reporter, track
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 Propagate = Literal["block", "none"]
 """`block`: each block sees the outputs of changed earlier blocks. `none`: dense inputs everywhere."""
-
-EXPERT_MIN_TOKENS = 64
-"""An expert that saw fewer tokens borrows the missing ones from the statistic pooled over its siblings."""
 
 
 class Visit(OpenBlock):
@@ -187,7 +184,7 @@ class _Walk:
         self.model.release_outer()
         release_freed()
         for sample, states in enumerate(self.hidden):
-            _refuse_nonfinite(states, "embeddings", self.first_sample + sample)
+            refuse_nonfinite(states, "embeddings", self.first_sample + sample)
 
     def differentiate(
         self, visit: Visit, names: Collection[str], kinds: Mapping[str, type[Stat]]
@@ -196,14 +193,14 @@ class _Walk:
             raise SparsekitError("statistics of gradients asked for in a walk without probes")
         with ranks.together():
             found = self.gradients.collect(visit.index, names, kinds)
-        return {name: _merged(stats) for name, stats in found.items()}
+        return {name: merged(stats) for name, stats in found.items()}
 
     def collect(
         self, visit: Visit, linears: list[Linear], kinds: Mapping[str, type[Stat]]
     ) -> dict[str, dict[str, Stat]]:
         if self.samples is None:
             raise SparsekitError("statistics of inputs asked for in a walk without samples")
-        collector = _Collector(linears, kinds, self.first_sample)
+        collector = Collector(linears, kinds, self.first_sample)
         handles = tap_inputs(linears, collector.tap)
         try:
             self._forward(visit, keep=self.propagate == "none", collector=collector)
@@ -217,16 +214,16 @@ class _Walk:
     def flow(self, visit: Visit, kind: type[Stat]) -> Stat:
         stat = self._of_stream(kind)
         self._forward(visit, keep=True, flow=stat)
-        return _merged({"flow": stat})["flow"]
+        return merged({"flow": stat})["flow"]
 
     def inputs(self, kind: type[Stat]) -> Stat:
         stat = self._of_stream(kind)
         for hidden in self.hidden:
             stat.update(hidden.reshape(-1, hidden.shape[-1]))
-        return _merged({"": stat})[""]
+        return merged({"": stat})[""]
 
     def observe(self, visit: Visit, paths: Collection[str], kind: type[Stat]) -> dict[str, Stat]:
-        observer = _Observer({path: self._of_stream(kind) for path in sorted(paths)})
+        observer = Observer({path: self._of_stream(kind) for path in sorted(paths)})
         handles = [
             visit.block.get_submodule(path).register_forward_pre_hook(observer.hook(path)) for path in paths if path
         ]
@@ -235,10 +232,10 @@ class _Walk:
         finally:
             for handle in handles:
                 handle.remove()
-        return _merged(observer.stats)
+        return merged(observer.stats)
 
     def watch(self, visit: Visit, inputs: Mapping[str, Stat], outputs: Mapping[str, Stat]) -> dict[str, Stat]:
-        observer = _Observer({**inputs, **outputs}, all_seen_ends=True)
+        observer = Observer({**inputs, **outputs}, all_seen_ends=True)
         handles = tap_inputs([linear for linear in visit.linears if linear.name in inputs], observer.see)
         handles += [visit.block.get_submodule(path).register_forward_hook(observer.behind(path)) for path in outputs]
         try:
@@ -246,7 +243,7 @@ class _Walk:
         finally:
             for handle in handles:
                 handle.remove()
-        return _merged(observer.stats)
+        return merged(observer.stats)
 
     def sequence(self, visit: Visit) -> list[list[Linear]]:
         linears = {linear.name: linear for linear in visit.linears}
@@ -286,9 +283,9 @@ class _Walk:
         visit: Visit,
         *,
         keep: bool,
-        collector: _Collector | None = None,
+        collector: Collector | None = None,
         flow: Stat | None = None,
-        observer: _Observer | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """Run the block on every sample; with `keep` its outputs become the next block's inputs."""
         where = self.model.stack.prefix(visit.index)
@@ -301,7 +298,7 @@ class _Walk:
                 observer.begin(sample, turns)
             try:
                 out = run_block(visit.block, self.hidden[sample], calls[sample])
-            except _SeenAll:
+            except SeenAll:
                 return
             same = out.shape == self.hidden[sample].shape
             if out.shape[:-1] != self.hidden[sample].shape[:-1] or not (same or self.model.shapes.stream):
@@ -313,7 +310,7 @@ class _Walk:
             if observer:
                 observer.see("", out)
             if keep:
-                _refuse_nonfinite(out, where, self.first_sample + sample)
+                refuse_nonfinite(out, where, self.first_sample + sample)
                 if same:
                     # In place: tensors that live on between those that come and go keep freed memory from the system.
                     self.hidden[sample].copy_(out)
@@ -333,148 +330,6 @@ def _join(into: dict[str, dict[str, Stat]], found: Mapping[str, Mapping[str, Sta
         into[name] |= stats
 
 
-def _merged(own: dict[str, Stat]) -> dict[str, Stat]:
-    """Return the sum of the statistics that the ranks have of one linear; of another rank's one is held at a time."""
-    found = ranks.share(lambda: own)
-    for source in range(1, ranks.here().size):
-        part = ranks.share(lambda: own, source)
-        for name, stat in found.items():
-            stat.merge(part[name])
-    return found
-
-
-class _Observer:
-    """Feeds what passes modules to statistics, in the order of the samples."""
-
-    def __init__(self, stats: dict[str, Stat], *, all_seen_ends: bool = False) -> None:
-        self.stats = stats
-        self._all_seen_ends = all_seen_ends
-        self._sample = _Sample()
-
-    def begin(self, sample: int, turns: Turns) -> None:
-        """The calling thread starts a sample."""
-        self._sample.number, self._sample.turns, self._sample.seen = sample, turns, set()
-
-    # Hooks must return None: anything else replaces the module's input or output.
-    def hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """Return a pre-hook that sees what enters a module."""
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.see(path, args[0])
-
-        return hook
-
-    def behind(self, path: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        """Return a hook that sees what a module returns."""
-
-        def hook(module: nn.Module, args: Any, out: Tensor) -> None:
-            self.see(path, out)
-
-        return hook
-
-    def see(self, name: str, x: Tensor) -> None:
-        """Add `x: [..., width]` to the statistic of this name, if there is one."""
-        sample = self._sample
-        if name not in self.stats:
-            return
-        with sample.turns.turn(name, sample.number):
-            self.stats[name].update(x.reshape(-1, x.shape[-1]))
-        sample.seen.add(name)
-        if self._all_seen_ends and len(sample.seen) == len(self.stats):
-            raise _SeenAll
-
-
-class _SeenAll(Exception):  # a signal that ends a pass, not an error
-    """Every linear has got its input: what the block would still compute is not needed."""
-
-
-class _Sample(threading.local):
-    """What a thread knows of the sample it works on."""
-
-    number: int
-    turns: Turns
-    whole: bool
-    inputs: dict[str, Tensor]  # holding them keeps their addresses unique
-    seen: set[str]
-
-
-class _Collector:
-    """Feeds inputs to statistics, once per distinct input tensor, in the order of the samples."""
-
-    def __init__(self, linears: list[Linear], kinds: Mapping[str, type[Stat]], first_sample: int) -> None:
-        self._linears = {linear.name: linear for linear in linears}
-        self._first_sample = first_sample
-        self._classes = kinds
-        self._stats: dict[str, dict[str, Stat]] = {}
-        self._leader: dict[str, str] = {}  # linear -> the linear whose statistic it shares
-        self._sample = _Sample()
-
-    def begin(self, sample: int, turns: Turns, *, whole: bool) -> None:
-        """The calling thread starts a sample; `whole`: its block output is needed."""
-        self._sample.number, self._sample.turns, self._sample.whole = sample, turns, whole
-        self._sample.inputs, self._sample.seen = {}, set()
-
-    def tap(self, name: str, x: Tensor) -> None:
-        sample = self._sample
-        shared = next((other for other, seen in sample.inputs.items() if seen is x), None)
-        self._follow(name, shared or name)
-        if not shared:
-            sample.inputs[name] = x
-            rows = x.reshape(-1, x.shape[-1])
-            _refuse_nonfinite(rows, name, self._first_sample + sample.number)
-            with sample.turns.turn(name, sample.number):
-                for stat in self._own(name).values():
-                    stat.update(rows)
-        sample.seen.add(name)
-        if len(sample.seen) == len(self._linears) and not sample.whole:
-            raise _SeenAll
-
-    def _follow(self, name: str, leader: str) -> None:
-        """Have a linear share the statistic of another, or have its own."""
-        if self._leader.setdefault(name, leader) != leader:
-            raise SparsekitError("linears that shared an input in one sample do not in the next", where=name)
-
-    def finish(self) -> tuple[dict[str, dict[str, Stat]], list[str]]:
-        self._merge_ranks()
-        notes = self._fill_starved_experts()
-        return {name: self._own(self._leader.get(name, name)) for name in self._linears}, notes
-
-    def _own(self, name: str) -> dict[str, Stat]:
-        if name not in self._stats:
-            width = self._linears[name].info.in_features
-            self._stats[name] = {key: cls(width) for key, cls in self._classes.items()}
-        return self._stats[name]
-
-    def _merge_ranks(self) -> None:
-        """Make the statistics of all ranks, of which each has seen its own samples, one."""
-        for leaders in ranks.gather(self._leader):
-            for name, leader in leaders.items():
-                self._follow(name, leader)
-        for name in self._linears:
-            if self._leader.get(name, name) == name:
-                self._stats[name] = _merged(self._own(name))
-
-    def _fill_starved_experts(self) -> list[str]:
-        """Add pseudo-tokens of the pooled mean to experts that saw too few tokens: unseen is not dead."""
-        notes = []
-        groups: dict[tuple[int, str], list[str]] = {}
-        for name, linear in self._linears.items():
-            if linear.expert is not None:
-                groups.setdefault((id(linear.module), linear.parameter), []).append(name)
-        for names in groups.values():
-            for key, cls in self._classes.items():
-                pooled = cls(self._linears[names[0]].info.in_features)
-                for name in names:
-                    pooled.merge(self._own(name)[key])
-                for name in names:
-                    stat = self._own(name)[key]
-                    missing = EXPERT_MIN_TOKENS - stat.tokens
-                    if missing > 0 and pooled.tokens:
-                        notes.append(f"{name}: {stat.tokens} tokens, {key} filled up with the mean over all experts")
-                        stat.merge(pooled, missing / pooled.tokens)
-        return notes
-
-
 def _refuse_nonfinite_weights(model: LazyModel, block: nn.Module, index: int) -> None:
     """Name the damaged tensor itself: left in, it shows as NaN activations of the linear behind it."""
     for name, parameter in block.named_parameters():
@@ -489,17 +344,3 @@ def _refuse_nonfinite_weights(model: LazyModel, block: nn.Module, index: int) ->
             where=f"{model.stack.prefix(index)}.{name}",
             hint="Fetch the model again if it is stored so, or run with --dtype bf16 if --dtype fp16 overflows.",
         )
-
-
-def _refuse_nonfinite(x: Tensor, where: str, sample: int) -> None:
-    if all_finite(x):
-        return
-    rows = x.reshape(-1, x.shape[-1])
-    bad = (~torch.isfinite(rows)).any(dim=1)
-    kind = "NaN" if bool(torch.isnan(rows).any()) else "infinite"
-    first = int(bad.nonzero()[0])
-    raise NonFinite(
-        f"{int(bad.sum())} of {len(bad)} activation rows are {kind} (sample {sample}, first at token {first})",
-        where=where,
-        hint="Check that sample, set another calibration source, or run with --dtype fp32.",
-    )
